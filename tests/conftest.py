@@ -1,0 +1,6 @@
+"""The scripts under test are the files one folder up."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
