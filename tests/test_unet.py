@@ -1,0 +1,86 @@
+"""The UNet's promises: any size, any channels, times and labels that matter, nothing predicted before training."""
+
+import pytest
+import torch
+
+from unet import UNet, time_embedding
+
+
+def small(**options):
+    torch.manual_seed(0)
+    model = UNet(channels=8, **options)
+    torch.nn.init.normal_(model.conv_out.weight)  # else it predicts zero
+    for m in model.modules():
+        if hasattr(m, "conv2"):
+            torch.nn.init.normal_(m.conv2.weight, std=0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("size", [(28, 28), (32, 32), (1, 1), (17, 31), (5, 64), (125, 126)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"patch": 1, "channel_mults": (1, 2, 2, 2), "n_res_blocks": 2},
+        {"patch": 4, "channel_mults": (3,), "attention_levels": (0, 1)},
+    ],
+)
+def test_any_size(size, options):
+    x = torch.randn(2, 1, *size)
+    assert small(**options)(t=torch.rand(2), x=x).shape == x.shape
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_any_number_of_channels(channels):
+    x = torch.randn(2, channels, 8, 8)
+    assert small(in_channels=channels)(t=torch.rand(2), x=x).shape == x.shape
+
+
+def test_it_starts_by_predicting_zero():
+    assert UNet()(t=torch.rand(2), x=torch.randn(2, 1, 28, 28)).abs().max() == 0
+
+
+def test_times_are_told_apart():
+    """Unscaled, the embeddings of t = 0 and t = 1 would have a cosine of 0.97."""
+    emb = time_embedding(torch.tensor([0, 0.001, 0.5, 1]), 32)
+    cosine = torch.nn.functional.cosine_similarity(emb[:, None], emb[None], dim=2)
+    assert emb.shape == (4, 32) and cosine[0, 3] < 0.6 and cosine[0, 2] < 0.6 and cosine[0, 1] < 0.99
+    x, model = torch.randn(1, 1, 8, 8), small()
+    assert not torch.allclose(model(t=torch.zeros(1), x=x), model(t=torch.ones(1), x=x), atol=1e-3)
+
+
+def test_labels_matter_and_minus_one_is_no_label():
+    model, t, x = small(num_classes=3), torch.rand(2), torch.randn(2, 1, 8, 8)
+    none, zero, two = (model(t=t, x=x, y=torch.full((2,), y)) for y in (-1, 0, 2))
+    assert torch.equal(none, model(t=t, x=x)) and not torch.equal(none, zero) and not torch.equal(zero, two)
+
+
+def test_each_picture_has_its_own_time_and_label():
+    model, t, x, y = small(num_classes=3), torch.rand(4), torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, -1])
+    together = model(t=t, x=x, y=y)
+    alone = torch.cat([model(t=t[i : i + 1], x=x[i : i + 1], y=y[i : i + 1]) for i in range(4)])
+    assert torch.allclose(together, alone, atol=1e-4)
+
+
+def test_gradients_reach_every_parameter():
+    model = small(num_classes=3, attention_levels=(0, 1, 2), n_res_blocks=2)
+    for m in model.modules():
+        if hasattr(m, "qkv"):
+            torch.nn.init.normal_(m.out.weight)
+    model(t=torch.rand(2), x=torch.randn(2, 1, 8, 8), y=torch.tensor([0, -1])).square().mean().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
+
+
+def test_dropout_acts_in_training_only():
+    model, t, x = small(dropout=0.5), torch.rand(1), torch.randn(1, 1, 8, 8)
+    assert torch.equal(model(t=t, x=x), model(t=t, x=x))
+    model.train()
+    assert not torch.equal(model(t=t, x=x), model(t=t, x=x))
+
+
+def test_attention_mixes_positions_of_any_level():
+    for level in range(3):
+        assert sum("qkv" in n for n, _ in UNet(attention_levels=(level,)).named_parameters()) > 0
+    assert not any("qkv" in n for n, _ in UNet(attention_levels=()).named_parameters())
+    with pytest.raises(ValueError, match="levels go from 0 to 2"):
+        UNet(attention_levels=(3,))

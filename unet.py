@@ -1,0 +1,142 @@
+"""
+A small UNet for diffusion models: model(t, x, y) -> a picture shaped like x.
+
+Shapes, once and for all:  B pictures, C channels of H x W pixels.
+    t  (B,)          float, the time: from 0 to 1
+    x  (B, C, H, W)  float, any H and W
+    y  (B,)          long: a class in [0, num_classes), or -1 for "no label"
+
+The body is that of Ho et al. 2020 (arXiv 2006.11239, appendix B): residual blocks at a few resolutions on the way
+down, again on the way up, each with a skip connection from down to up at its own resolution. Two changes make it cheap:
+pixels may be folded into channels first (patch), and convolutions come before an upsampling, not after it.
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def norm(channels):
+    return nn.GroupNorm(math.gcd(8, channels), channels)
+
+
+def zero(layer):
+    """Zero the layer's parameters: what it is added to passes unchanged when training starts."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
+
+
+def time_embedding(t, dim, max_period=10_000):
+    """
+    Cosines and sines of 1000 t at frequencies from 1 down to 1 / max_period: (B,) -> (B, dim), dim even.
+    Without the factor all times in [0, 1] would look alike: these frequencies were chosen for t = 1, 2, 3 ... 1000.
+    """
+    frequency = torch.exp(-math.log(max_period) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angle = 1000 * t[:, None] * frequency                                         # (B, dim / 2)
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+class ResBlock(nn.Module):
+    """(B, c_in, h, w), embedding (B, emb) -> (B, c_out, h, w)"""
+
+    def __init__(self, c_in, c_out, emb, dropout):
+        super().__init__()
+        self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.modulate = nn.Linear(emb, 2 * c_out)
+        self.norm2, self.conv2 = norm(c_out), zero(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.dropout = nn.Dropout(dropout)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, emb):
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.modulate(emb)[:, :, None, None].chunk(2, dim=1)      # time and class act here
+        h = self.norm2(h) * (1 + scale) + shift
+        return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
+
+
+class Attention(nn.Module):
+    """Self-attention among the h * w positions: (B, c, h, w) -> (B, c, h, w)"""
+
+    def __init__(self, c, head_dim=64):
+        super().__init__()
+        self.heads = max(1, c // head_dim)
+        if c % self.heads:
+            raise ValueError(f"attention over {c} channels: they do not divide into {self.heads} heads")
+        self.norm, self.qkv, self.out = norm(c), nn.Conv2d(c, 3 * c, 1), zero(nn.Conv2d(c, c, 1))
+
+    def forward(self, x):
+        B, c, h, w = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, c // self.heads, h * w)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)                                # (B, heads, h * w, c / heads)
+        a = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(a.transpose(-1, -2).reshape(B, c, h, w))
+
+
+class UNet(nn.Module):
+    """
+    in_channels       C
+    channels          width of the first level; level i has channels * channel_mults[i]
+    channel_mults     one entry a level; level i works at H / patch / 2^i by W / patch / 2^i
+    n_res_blocks      residual blocks a level on the way down, and again on the way up
+    attention_levels  levels whose blocks are each followed by attention, from 0; the middle counts as one level more
+    dropout           in [0, 1), inside the residual blocks
+    patch             patch x patch pixels are folded into channels: 1 for none, 2 works at half resolution
+    num_classes       0 for a model without labels
+    Raises ValueError where attention_levels names a level that is not there.
+    """
+
+    def __init__(self, in_channels=1, channels=32, channel_mults=(1, 2), n_res_blocks=1,
+                 attention_levels=(2,), dropout=0.0, patch=2, num_classes=0):
+        super().__init__()
+        widths = [channels * m for m in channel_mults]
+        emb = 4 * channels
+        self.channels, self.patch = channels, patch
+        self.multiple = patch * 2 ** (len(widths) - 1)           # H and W are padded to a multiple of this
+        if not set(attention_levels) <= set(range(len(widths) + 1)):
+            raise ValueError(f"attention_levels {attention_levels}: levels go from 0 to {len(widths)}, the middle")
+
+        self.time = nn.Sequential(nn.Linear(channels, emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.label = nn.Embedding(num_classes + 1, emb) if num_classes else None            # row 0: no label
+        self.conv_in = nn.Conv2d(in_channels * patch**2, widths[0], 3, padding=1)
+
+        def blocks(level, n, c_in, c_out):
+            return nn.ModuleList(nn.ModuleList([
+                ResBlock(c_in, c_out, emb, dropout),
+                Attention(c_out) if level in attention_levels else nn.Identity()]) for _ in range(n))
+
+        self.down = nn.ModuleList(blocks(i, n_res_blocks, c, c) for i, c in enumerate(widths))
+        self.middle = blocks(len(widths), 1, widths[-1], widths[-1])
+        self.up = nn.ModuleList(blocks(i, n_res_blocks, 2 * c, c) for i, c in enumerate(widths))    # 2c: and the skip
+        self.shrink = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths, widths[1:]))
+        self.grow = nn.ModuleList(nn.Conv2d(b, a, 3, padding=1) for a, b in zip(widths, widths[1:]))
+
+        self.norm_out = norm(widths[0])
+        self.conv_out = zero(nn.Conv2d(widths[0], in_channels * patch**2, 3, padding=1))    # starts by predicting 0
+
+    def forward(self, t, x, y=None):
+        H, W = x.shape[-2:]
+        emb = self.time(time_embedding(t, self.channels))                                   # (B, emb)
+        if self.label is not None:
+            emb = emb + self.label((y if y is not None else torch.full_like(t, -1, dtype=torch.long)) + 1)
+        emb = F.silu(emb)
+
+        h = F.pad(x, (0, -W % self.multiple, 0, -H % self.multiple), mode="replicate")
+        h = self.conv_in(F.pixel_unshuffle(h, self.patch))                                  # (B, c, H / patch, W / patch)
+        skips = []
+        for i, blocks in enumerate(self.down):
+            for block, attention in blocks:
+                h = attention(block(h, emb))
+                skips.append(h)
+            if i < len(self.shrink):
+                h = self.shrink[i](h)                                                       # (B, c', h / 2, w / 2)
+        for block, attention in self.middle:
+            h = attention(block(h, emb))
+        for i, blocks in reversed(list(enumerate(self.up))):
+            if i < len(self.grow):
+                h = F.interpolate(self.grow[i](h), scale_factor=2)                          # (B, c, 2h, 2w)
+            for block, attention in blocks:
+                h = attention(block(torch.cat([h, skips.pop()], dim=1), emb))
+        h = self.conv_out(F.silu(self.norm_out(h)))
+        return F.pixel_shuffle(h, self.patch)[:, :, :H, :W]
