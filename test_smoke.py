@@ -1,0 +1,332 @@
+"""
+The real scripts, run as a user runs them, for a few steps on the CPU. No network is needed.
+
+    python -m pytest                    # this file and tests/
+    python -m pytest test_smoke.py      # this file
+"""
+
+import contextlib
+import csv
+import io
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parent
+TINY = (
+    "--dataset=synthetic --image_size=8 --channels=8 --batch_size=16 --warmup_iters=4 --sample_steps=2 "
+    "--log_interval=4 --eval_interval=20 --device=cpu"
+).split()
+
+
+def command(script, *args):
+    return [sys.executable, str(ROOT / f"{script}.py"), *map(str, args)]
+
+
+def run(script, *args, cwd, ok=True):
+    done = subprocess.run(command(script, *args), cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert not ok or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def run_here(script, *args, cwd):
+    """(exit code, stdout, stderr) of a script run in this process, which spares the seconds that importing torch takes."""
+    out, err, argv, here = io.StringIO(), io.StringIO(), sys.argv, Path.cwd()
+    sys.argv, code = [str(ROOT / f"{script}.py"), *map(str, args)], 0
+    os.chdir(cwd)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as e:
+        code = e.code
+    finally:
+        sys.argv = argv
+        os.chdir(here)
+    return code, out.getvalue(), err.getvalue()
+
+
+def sample(*args, cwd):
+    code, out, err = run_here("sample", *args, cwd=cwd)
+    assert code == 0, out + err
+    return out
+
+
+def refused(script, *args, cwd, message):
+    """Exit code 2, one line on stderr that says why, nothing written."""
+    before = sorted(cwd.rglob("*"))
+    code, out, err = run_here(script, *args, cwd=cwd)
+    assert code == 2 and err.count("\n") == 1 and message in err, out + err
+    assert sorted(cwd.rglob("*")) == before
+
+
+def checkpoint(path):
+    return torch.load(path / "ckpt.pt", weights_only=True)
+
+
+def flat(ckpt):
+    """Everything that training changes, as one list of tensors."""
+    state = ckpt["optimizer"]["state"]
+    return [*ckpt["model"].values(), *ckpt["ema"].values(), ckpt["losses"]] + [
+        torch.as_tensor(v) for p in state for v in state[p].values()
+    ]
+
+
+@pytest.fixture(scope="module", params=["ddpm", "cfm"])
+def trained(request, tmp_path_factory):
+    """(script, working directory, what was printed) of a run of 40 iterations, into the default out_dir."""
+    cwd = tmp_path_factory.mktemp(request.param)
+    done = run(request.param, *TINY, "--max_iters=40", "--learning_rate=5e-3", cwd=cwd)
+    return request.param, cwd, done.stdout
+
+
+def test_training_learns_and_leaves_what_it_promises(trained):
+    script, cwd, printed = trained
+    out = cwd / "out" / script
+    assert sorted(p.name for p in out.iterdir()) == ["ckpt.pt", "log.csv", "sample-20.png", "sample-40.png"]
+    assert [p.name for p in cwd.iterdir()] == ["out"]
+    assert Image.open(out / "sample-40.png").size == (10 * 10 + 2, 10 * 10 + 2)  # 8 x 8, and a frame of 2
+    for expected in (
+        f"{script} on synthetic: 9000 pictures of (1, 8, 8), 10 classes",
+        "cpu, float32, not compiled",
+        "MFLOP a picture",
+        str(out),
+        "iteration 40 of 40",
+        "min left",
+        "by quarter of t",
+    ):
+        assert expected in printed
+    rows = list(csv.DictReader((out / "log.csv").open()))
+    assert [int(r["iteration"]) for r in rows] == list(range(4, 41, 4))
+    held_out = [float(r["held_out"]) for r in rows if r["held_out"]]
+    assert (
+        len(held_out) == 2
+        and held_out[1] < 0.95 * held_out[0]
+        and float(rows[-1]["loss"]) < 0.7 * float(rows[0]["loss"])
+    )
+    assert checkpoint(out)["iteration"] == 40
+
+
+@pytest.mark.parametrize("options", [{}, {"guidance": 2}])
+def test_sampling_with_every_sampler(trained, options):
+    script, cwd, _ = trained
+    for sampler in ("ddim", "ancestral") if script == "ddpm" else ("euler", "midpoint", "heun", "rk4"):
+        args = [f"--{k}={v}" for k, v in options.items()] + (
+            [] if sampler == "ancestral" or options else ["--steps=3"]
+        )
+        out = sample(
+            f"--out_dir=out/{script}",
+            f"--sampler={sampler}",
+            "--n_samples=6",
+            "--labels=3,1",
+            "--save=x.npz",
+            *args,
+            cwd=cwd,
+        )
+        arrays = np.load(cwd / "x.npz")
+        assert arrays["arr_0"].shape == (6, 8, 8, 1) and arrays["arr_0"].dtype == np.uint8
+        assert arrays["arr_1"].tolist() == [3, 1, 3, 1, 3, 1] and sampler in out
+        (cwd / "x.npz").unlink()
+
+
+def test_sample_files_and_seeds(trained):
+    script, cwd, _ = trained
+    draw = ["--out_dir", f"out/{script}", "--n_samples=7"]
+    for seed, batch_size, name in ((1, 7, "a.npz"), (1, 3, "b.npz"), (2, 7, "c.npz")):
+        sample(*draw, f"--seed={seed}", f"--batch_size={batch_size}", f"--save={name}", cwd=cwd)
+    a, b, c = (np.load(cwd / name)["arr_0"].astype(int) for name in ("a.npz", "b.npz", "c.npz"))
+    assert abs(a - b).max() <= 1 and abs(a - c).max() > 1  # the batch size makes no difference, the seed does
+    sample(*draw, cwd=cwd)
+    assert Image.open(cwd / "out" / script / "samples.png").size == (7 * 10 + 2, 10 + 2)
+    sample(*draw, "--ema=false", "--save=pictures", cwd=cwd)
+    assert len(list((cwd / "pictures").glob("*.png"))) == 7 and Image.open(
+        cwd / "pictures" / "000000.png"
+    ).size == (8, 8)
+    other = {"ddpm": "cfm", "cfm": "ddpm"}[script]  # and either kind can be trained on
+    data = {"ddpm": "a.npz", "cfm": "pictures"}[script]
+    run(
+        other,
+        "--dataset",
+        data,
+        "--max_iters=1",
+        "--channels=8",
+        "--sample_steps=1",
+        "--out_dir=on_samples",
+        cwd=cwd,
+    )
+    for name in ("a.npz", "b.npz", "c.npz"):
+        (cwd / name).unlink()
+
+
+@pytest.mark.parametrize("script", ["ddpm", "cfm"])
+def test_a_stopped_and_resumed_run_equals_a_straight_one_bit_for_bit(script, tmp_path):
+    """With everything random on: dropout, label dropout, flips, accumulation; stopped by SIGTERM between evaluations."""
+    args = [
+        *TINY,
+        "--max_iters=60",
+        "--dropout=0.2",
+        "--flip",
+        "--gradient_accumulation_steps=2",
+        "--log_interval=8",
+    ]
+    run(script, *args, "--out_dir=straight", cwd=tmp_path)
+    process = subprocess.Popen(
+        command(script, *args, "--out_dir=stopped"), cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("iteration 24 "):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 128 + signal.SIGTERM and "--init_from=resume" in rest
+    stopped_at = checkpoint(tmp_path / "stopped")["iteration"]
+    assert 24 <= stopped_at < 60
+    resumed = run(
+        script, "--init_from=resume", "--out_dir=stopped", cwd=tmp_path
+    )  # the options come from the run
+    assert f"iterations {stopped_at} to 60" in resumed.stdout
+    a, b = (flat(checkpoint(tmp_path / name)) for name in ("straight", "stopped"))
+    assert len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+    for png in ("sample-20.png", "sample-40.png", "sample-60.png"):
+        assert (tmp_path / "straight" / png).read_bytes() == (tmp_path / "stopped" / png).read_bytes()
+    a, b = (list(csv.reader((tmp_path / name / "log.csv").open())) for name in ("straight", "stopped"))
+    assert [r[:3] + r[4:] for r in a] == [r[:3] + r[4:] for r in b]  # but for the speed
+    refused(script, "--init_from=resume", "--out_dir=stopped", cwd=tmp_path, message="complete at iteration 60")
+    refused(
+        script,
+        "--init_from=resume",
+        "--out_dir=stopped",
+        "--channels=16",
+        cwd=tmp_path,
+        message="cannot become",
+    )
+    refused(
+        {"ddpm": "cfm", "cfm": "ddpm"}[script],
+        "--init_from=resume",
+        "--out_dir=stopped",
+        cwd=tmp_path,
+        message=f"is a run of {script}.py",
+    )
+
+
+@pytest.mark.parametrize("script", ["ddpm", "cfm"])
+def test_two_processes_do_what_one_does_in_two_micro_batches(script, tmp_path):
+    args = [*TINY, "--max_iters=5", "--out_dir"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*torchrun, *command(script, *args, "two")[1:]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (
+        done.stdout.count("iteration 5 of 5") == 1
+        and "of 32 pictures" in done.stdout
+        and "2 processes" in done.stdout
+    )
+    run(script, *args, "one", "--gradient_accumulation_steps=2", cwd=tmp_path)
+    a, b = (checkpoint(tmp_path / name)["model"] for name in ("two", "one"))
+    assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=1e-3) for k in a)
+
+
+def test_unconditional(tmp_path):
+    for script in ("ddpm", "cfm"):
+        run(script, *TINY, "--max_iters=1", "--conditional=false", f"--out_dir={script}", cwd=tmp_path)
+        assert "label.weight" not in checkpoint(tmp_path / script)["model"]
+        sample(f"--out_dir={script}", "--n_samples=2", "--save=x.npz", cwd=tmp_path)
+        assert np.load(tmp_path / "x.npz").files == ["arr_0"]
+        refused("sample", f"--out_dir={script}", "--labels=0", cwd=tmp_path, message="the model knows none")
+        refused("sample", f"--out_dir={script}", "--guidance=2", cwd=tmp_path, message="without labels")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_mixed_precision_on_the_cpu(dtype, tmp_path):
+    """What a GPU runs by default, autocast and the gradient scaler, in the CPU's version."""
+    run("cfm", *TINY, "--max_iters=8", f"--dtype={dtype}", "--out_dir=x", cwd=tmp_path)
+    assert all(p.dtype == torch.float32 for p in checkpoint(tmp_path / "x")["model"].values())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("script", ["ddpm", "cfm"])
+def test_cuda(script, tmp_path):
+    args = [a for a in TINY if "device" not in a]
+    done = run(script, *args, "--max_iters=8", "--out_dir=x", cwd=tmp_path)
+    assert "cuda:0, " in done.stdout and "float32" not in done.stdout and ", compiled" in done.stdout
+    assert not any("_orig_mod" in k for k in checkpoint(tmp_path / "x")["model"])
+    sample("--out_dir=x", "--n_samples=2", cwd=tmp_path)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_spares_the_checkpoint(tmp_path):
+    run("cfm", *TINY, "--max_iters=2", "--out_dir=x", cwd=tmp_path)
+    before = (tmp_path / "x" / "ckpt.pt").read_bytes()
+    done = run(
+        "cfm",
+        "--init_from=resume",
+        "--out_dir=x",
+        "--max_iters=40",
+        "--learning_rate=1e30",
+        "--grad_clip=0",
+        cwd=tmp_path,
+        ok=False,
+    )
+    assert done.returncode == 2 and "not finite" in done.stderr
+    assert (tmp_path / "x" / "ckpt.pt").read_bytes() == before
+
+
+def test_one_file_copied_into_another_project_works(tmp_path):
+    for name in ("cfm", "unet", "configurator"):
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "import torch\nfrom cfm import ConditionalFlowMatcher\nfrom unet import UNet\n"
+        "t, xt, ut = ConditionalFlowMatcher(sigma=0.1).sample_location_and_conditional_flow(*torch.randn(2, 4, 3, 8, 8))\n"
+        "print(UNet(in_channels=3)(t=t, x=xt).shape == ut.shape)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "mine.py"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == "True\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "script, args, message",
+    [
+        ("cfm", ["--sigmaa=1"], "did you mean 'sigma'?"),
+        ("cfm", ["--sigma=-1"], "--sigma=-1.0 must lie between 0 and inf"),
+        ("cfm", ["--sampler=ddim"], "must be one of euler, midpoint, heun, rk4"),
+        ("cfm", ["--init_from=resume"], "no checkpoint"),
+        ("ddpm", ["--n_steps=20"], "--n_steps=20 must lie between 21"),
+        ("ddpm", ["--batch_size=0"], "must lie between 1"),
+        ("ddpm", ["--device=gpu"], "--device=gpu cannot be used here"),
+        ("cfm", ["--dataset=mnits"], "--dataset=mnits: none of"),
+        ("cfm", ["--dataset=synthetic", "--attention_levels=7"], "levels go from 0 to 2"),
+        ("sample", [], "no checkpoint out/cfm/ckpt.pt"),
+        ("sample", ["--n_samples=0"], "must lie between 1"),
+    ],
+)
+def test_mistakes_are_explained_in_one_line(script, args, message, tmp_path):
+    refused(script, *args, cwd=tmp_path, message=message)
+
+
+def test_what_is_there_is_not_overwritten_and_damage_is_told(trained):
+    script, cwd, _ = trained
+    refused(script, *TINY, cwd=cwd, message="--overwrite")
+    refused("sample", f"--out_dir=out/{script}", "--sampler=dpm", cwd=cwd, message="is not for")
+    refused("sample", f"--out_dir=out/{script}", "--labels=10", cwd=cwd, message="knows 0 to 9")
+    (cwd / "damaged").mkdir(exist_ok=True)
+    whole = (cwd / "out" / script / "ckpt.pt").read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"something else"):
+        (cwd / "damaged" / "ckpt.pt").write_bytes(content)
+        refused(script, "--init_from=resume", "--out_dir=damaged", cwd=cwd, message="not a whole checkpoint")
+    refused("sample", "--out_dir=damaged", cwd=cwd, message="not a whole checkpoint")
+    shutil.rmtree(cwd / "damaged")
