@@ -33,7 +33,8 @@ def fit(value, default):
     if isinstance(value, str) and kind is not str:
         value = ast.literal_eval(value.strip())
     if kind is tuple:
-        return tuple(fit(v, default[0] if default else 0) for v in (value if isinstance(value, (tuple, list)) else [value]))
+        values = value if isinstance(value, (tuple, list)) else [value]
+        return tuple(fit(v, default[0] if default else 0) for v in values)
     if {kind, type(value)} == {int, float} and kind(value) == value:                        # 1e4 is an int, 3 a float
         value = kind(value)
     if (type(value) is kind or default == "auto" and type(value) is bool) and value not in (INF, -INF):
@@ -52,7 +53,8 @@ def configure(settings, limits={}, argv=None):
     def override(key, value, where):
         if key not in defaults:
             near = difflib.get_close_matches(key, defaults, n=1)
-            fail(f"{where}: there is no option {key!r}; " + (f"did you mean {near[0]!r}?" if near else "--help lists them"))
+            hint = f"did you mean {near[0]!r}?" if near else "--help lists them"
+            fail(f"{where}: there is no option {key!r}; {hint}")
         try:
             settings[key] = fit(value, defaults[key])
         except NOT_A_LITERAL:
@@ -62,8 +64,8 @@ def configure(settings, limits={}, argv=None):
     while args:
         name, equals, value = args.pop(0).partition("=")
         key = name[2:].replace("-", "_")
-        if name in ("-h", "--help"):                                   # the script's docstring and its block of options
-            sys.exit(print(settings["__doc__"], script.read_text().split("# " + "-" * 70)[1], sep="\n"))
+        if name in ("-h", "--help"):                            # the script's docstring and its block of options
+            sys.exit(print(settings["__doc__"], script.read_text().split("# " + "-" * 108)[1], sep="\n"))
         elif name.startswith("--"):
             flag = type(defaults.get(key)) is bool
             if not equals and args and (args[0].lower() in WORDS if flag else args[0][:2] != "--"):

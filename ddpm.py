@@ -7,10 +7,11 @@ Denoising diffusion probabilistic models in one file: Ho et al. 2020 (arXiv 2006
     python ddpm.py --init_from=resume                            # go on where a run was stopped
     torchrun --standalone --nproc_per_node=4 ddpm.py             # on four GPUs
 
-q adds noise to data in n_steps small steps, x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) z, until little else is left;
-p, which is learned, undoes them one by one. The bound on -log p(x0) is a sum of KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} |
-x_t)), each between two Gaussians of equal variance, and so a squared distance of their means: which is, up to a weight
-that training leaves out, the squared distance between the noise eps in x_t and the model's prediction of it.
+q adds noise to data in n_steps small steps, x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) z, until little else is
+left; p, which is learned, undoes them one by one. The bound on -log p(x0) is, but for its ends, a sum over t of
+    KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)),
+each between two Gaussians of fixed variance, and so a squared distance of their means: which is, up to a weight that
+training leaves out, the squared distance between the noise eps in x_t and the model's prediction of it.
 """
 import copy
 import hashlib
@@ -118,8 +119,8 @@ class DenoiseDiffusion:
 
     def p_mean(self, xt, t, eps, clip=False):
         """
-        Mean of q(x_{t-1} | x_t, x_0) at the predicted x0, in both of its forms: through eps (eq. 11) or, the same number
-        but open to having x0 clipped to where pictures are, through x0 (eq. 7).
+        Mean of q(x_{t-1} | x_t, x_0) at the predicted x0, in both of its forms: through eps (eq. 11), and through x0
+        (eq. 7), which is the same number but lets x0 be clipped to where pictures are.
         """
         alpha, beta, rest = at(self.alpha, t, xt), at(self.beta, t, xt), at(self.one_minus_alpha_bar, t, xt)
         if not clip:
@@ -290,13 +291,13 @@ def load_data(dataset, data_dir="data", image_size=0):
 
 
 def load_checkpoint(path):
-    """A dict of tensors and plain values, on the CPU. Nothing in the file is executed; fail() if it is no checkpoint."""
+    """A dict of tensors and plain values, on the CPU. Executes nothing in the file; ends in fail() if it is no such."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return {"method": checkpoint["method"], **checkpoint}
     except FileNotFoundError:
         fail(f"there is no checkpoint {path}")
-    except Exception as e:                                                    # a damaged file can raise almost anything
+    except Exception as e:                                                    # a damaged file raises almost anything
         fail(f"{path} is not a whole checkpoint of ddpm.py or cfm.py ({' '.join(str(e).split())[:100]})")
 
 
@@ -321,11 +322,11 @@ if __name__ == "__main__":
     if init_from == "resume":
         checkpoint = load_checkpoint(ckpt_path)
         if checkpoint["method"] != METHOD:
-            fail(f"{ckpt_path} is a run of {checkpoint['method']}.py: resume it with that, or choose another --out_dir")
+            fail(f"{ckpt_path} is a run of {checkpoint['method']}.py: resume it with that, or choose --out_dir")
         globals().update(checkpoint["config"])
-        config = configure(globals(), LIMITS)                                 # that run's options, then this command's
+        config = configure(globals(), LIMITS)                                 # the run's options, then this command's
     elif ckpt_path.exists() and not overwrite:
-        fail(f"{out_dir} holds a run: go on with --init_from=resume, start over with --overwrite, or choose --out_dir")
+        fail(f"{out_dir} holds a run: go on by --init_from=resume, start over by --overwrite, or choose --out_dir")
 
     # device, precision, processes
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))           # set by torchrun
@@ -375,7 +376,7 @@ if __name__ == "__main__":
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype == "float16")
-    it, losses = 0, torch.zeros(2, device=device)                             # losses since the last log: sum, number
+    it, losses = 0, torch.zeros(2, device=device)                             # sum and number, since the last log line
     if init_from == "resume":
         if checkpoint["model_args"] != model_args:
             fail(f"the run in {out_dir} has a model of {checkpoint['model_args']}, which cannot become {model_args}")
@@ -392,13 +393,14 @@ if __name__ == "__main__":
     # what is evaluated, always the same: held-out pictures in each quarter of t, and a grid with a row for each class
     fixed = torch.Generator().manual_seed(0)
     x_val, y_val = x_val[:256].float() / 127.5 - 1, y_val[:256]
-    noise_val, u_val = (f(x.shape, generator=fixed).to(device) for f, x in ((torch.randn, x_val), (torch.rand, y_val)))
+    noise_val = torch.randn(x_val.shape, generator=fixed).to(device)
+    u_val = torch.rand(len(x_val), generator=fixed).to(device)
     noise_grid = torch.randn(100, *x_val.shape[1:], generator=fixed).to(device)
     y_grid = (torch.arange(100) // 10 % num_classes if num_classes else torch.full((100,), -1)).to(device)
 
     def save():
-        save_checkpoint({"method": METHOD, "config": config, "model_args": model_args, "picture_shape": x_val.shape[1:],
-                         "iteration": it, "losses": losses, "model": model.state_dict(), "ema": ema.state_dict(),
+        save_checkpoint({"method": METHOD, "config": config, "model_args": model_args, "iteration": it, "losses": losses,
+                         "picture_shape": tuple(x_val.shape[1:]), "model": model.state_dict(), "ema": ema.state_dict(),
                          "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, ckpt_path)
 
     def ask_to_stop(signum, frame):
@@ -414,13 +416,15 @@ if __name__ == "__main__":
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         rows = log_path.read_text().splitlines()[1:] if init_from == "resume" and log_path.exists() else []
         rows = [row for row in rows if int(row.split(",")[0]) <= it]
-        log_path.write_text("\n".join(["iteration,loss,learning_rate,pictures_per_s,held_out,q1,q2,q3,q4", *rows, ""]))
+        header = "iteration,loss,learning_rate,pictures_per_s,held_out,quarter1,quarter2,quarter3,quarter4"
+        log_path.write_text("\n".join([header, *rows, ""]))
         with FlopCounterMode(display=False) as flops, torch.no_grad():
             ema(t=torch.zeros(1, device=device), x=torch.zeros_like(x_val[:1]))
         print(f"{METHOD} on {dataset}: {len(x_train)} pictures of {tuple(x_val.shape[1:])}, {num_classes} classes\n"
+              f"{sum(p.numel() for p in model.parameters()):,} parameters, "
+              f"{flops.get_total_flops() / 1e6:.1f} MFLOP a picture and forward pass\n"
               f"{device}, {dtype}, {'compiled' if compile else 'not compiled'}, {world} process{'es' * (world > 1)}\n"
-              f"{sum(p.numel() for p in model.parameters()):,} parameters, {flops.get_total_flops() / 1e6:.1f} MFLOP a "
-              f"picture forward\niterations {it} to {max_iters}, of {pictures_per_iter} pictures\n"
+              f"iterations {it} to {max_iters}, of {pictures_per_iter} pictures each\n"
               f"samples, log.csv and ckpt.pt go to {Path(out_dir).resolve()}", flush=True)
 
     first, began = it, time.time()

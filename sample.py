@@ -24,11 +24,11 @@ import ddpm
 from configurator import configure, fail
 from unet import UNet
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 out_dir = "out/cfm"          # of the run whose ckpt.pt is used
 n_samples = 100
-save = "auto"                # .png: a grid, .npz: arr_0 uint8 (N, H, W, C) and arr_1 labels (N,), otherwise a folder
-sampler = "auto"             # ddim or ancestral; euler, midpoint, heun or rk4; auto: the one the run drew its grids with
+save = "auto"                # .png: a grid; .npz: arr_0 uint8 (N, H, W, C), arr_1 labels (N,); else a folder
+sampler = "auto"             # ddim, ancestral; euler, midpoint, heun, rk4; auto: what the run drew its grids with
 steps = 0                    # 0: as many as the run drew its grids with (ancestral: all)
 eta = 0.0                    # noise in a step of ddim, from 0 to 1
 guidance = 1.0               # 1: the conditional model as it is, 0: the unconditional one, above 1: overstated
@@ -37,10 +37,11 @@ seed = 0
 ema = True                   # the averaged weights; false: the latest
 batch_size = 250             # pictures drawn at a time
 device = "auto"              # cuda, cuda:1, mps or cpu
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 if __name__ == "__main__":
-    configure(globals(), {"n_samples batch_size": (1, math.inf), "steps guidance labels": (0, math.inf), "eta": (0, 1)})
+    configure(globals(), {"n_samples batch_size": (1, math.inf), "steps guidance labels": (0, math.inf),
+                          "eta": (0, 1)})
     checkpoint = ddpm.load_checkpoint(Path(out_dir, "ckpt.pt"))
     script, config = {"ddpm": ddpm, "cfm": cfm}[checkpoint["method"]], checkpoint["config"]
     num_classes, (C, H, W) = checkpoint["model_args"]["num_classes"], checkpoint["picture_shape"]
@@ -55,7 +56,7 @@ if __name__ == "__main__":
     if eta and sampler != "ddim":
         fail(f"--eta={eta} goes with --sampler=ddim, not with {sampler}")
     if labels and max(labels) >= num_classes:
-        fail(f"--labels={','.join(map(str, labels))}: the model knows " + (f"0 to {num_classes - 1}" if num_classes else "none"))
+        fail(f"--labels: {max(labels)} is unknown, the model has " + (f"0 to {num_classes - 1}" if num_classes else "none"))
     if guidance != 1 and not num_classes:
         fail(f"--guidance={guidance}: the model was trained without labels, so it has nothing to be guided by")
     steps = config["n_steps"] if sampler == "ancestral" else steps or config["sample_steps"]
@@ -74,7 +75,7 @@ if __name__ == "__main__":
     print(f"{n_samples} pictures by {script.METHOD}, iteration {checkpoint['iteration']}: {sampler}, {steps} steps, "
           f"{evaluations} evaluations of the model each, guidance {guidance}, on {device}", flush=True)
 
-    y = torch.tensor(labels or range(num_classes) if num_classes else [-1]).repeat(n_samples)[:n_samples]       # in turn
+    y = torch.tensor(labels or range(num_classes) if num_classes else [-1]).repeat(n_samples)[:n_samples]
     pictures = np.empty((n_samples, H, W, C), np.uint8)
     start, noise_source = time.time(), torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)

@@ -41,6 +41,7 @@ def run(script, *args, cwd, ok=True):
 def run_here(script, *args, cwd):
     """(exit code, stdout, stderr) of a script run in this process, which spares the seconds that importing torch takes."""
     out, err, argv, here = io.StringIO(), io.StringIO(), sys.argv, Path.cwd()
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     sys.argv, code = [str(ROOT / f"{script}.py"), *map(str, args)], 0
     os.chdir(cwd)
     try:
@@ -51,6 +52,8 @@ def run_here(script, *args, cwd):
     finally:
         sys.argv = argv
         os.chdir(here)
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
     return code, out.getvalue(), err.getvalue()
 
 

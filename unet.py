@@ -7,8 +7,8 @@ Shapes, once and for all:  B pictures, C channels of H x W pixels.
     y  (B,)          long: a class in [0, num_classes), or -1 for "no label"
 
 The body is that of Ho et al. 2020 (arXiv 2006.11239, appendix B): residual blocks at a few resolutions on the way
-down, again on the way up, each with a skip connection from down to up at its own resolution. Two changes make it cheap:
-pixels may be folded into channels first (patch), and convolutions come before an upsampling, not after it.
+down and again on the way up, where each is given what its counterpart on the way down made. Two changes make it
+cheap: pixels may be folded into channels first (patch), and convolutions come before an upsampling, not after it.
 """
 import math
 
@@ -123,7 +123,7 @@ class UNet(nn.Module):
         emb = F.silu(emb)
 
         h = F.pad(x, (0, -W % self.multiple, 0, -H % self.multiple), mode="replicate")
-        h = self.conv_in(F.pixel_unshuffle(h, self.patch))                                  # (B, c, H / patch, W / patch)
+        h = self.conv_in(F.pixel_unshuffle(h, self.patch))                                  # (B, c, h, w)
         skips = []
         for i, blocks in enumerate(self.down):
             for block, attention in blocks:

@@ -13,7 +13,7 @@ LIMITS = {"count rate": (0, 10), "mode": ["fast", "slow"]}
 def script(tmp_path):
     """A script's globals, the file they stand in included."""
     file = tmp_path / "script.py"
-    file.write_text(f'"""What it does."""\n# {"-" * 70}\ncount = 3  # how many\n# {"-" * 70}\nHIDDEN = 1\n')
+    file.write_text(f'"""What it does."""\n# {"-" * 108}\ncount = 3  # how many\n# {"-" * 108}\nHIDDEN = 1\n')
     return {
         "__file__": str(file),
         "__doc__": "What it does.",
