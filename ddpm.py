@@ -310,6 +310,18 @@ def save_checkpoint(checkpoint, path):
     os.replace(f"{path}.tmp", path)
 
 
+def choose_device(device):
+    """The device that "auto" stands for, and under torchrun each process's own GPU; fail() if it cannot be used."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        return str(torch.zeros(1, device=device).device)
+    except (RuntimeError, AssertionError) as e:
+        fail(f"--device={device} cannot be used here ({str(e).splitlines()[0]})")
+
+
 if __name__ == "__main__":
     LIMITS |= {
         "eval_interval log_interval batch_size gradient_accumulation_steps max_iters": (1, math.inf),
@@ -330,14 +342,7 @@ if __name__ == "__main__":
 
     # device, precision, processes
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))           # set by torchrun
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        fail(f"--device={device} cannot be used here ({str(e).splitlines()[0]})")
+    device = choose_device(device)
     cuda = device.startswith("cuda")
     if cuda:
         torch.cuda.set_device(device)

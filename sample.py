@@ -56,12 +56,11 @@ if __name__ == "__main__":
     if eta and sampler != "ddim":
         fail(f"--eta={eta} goes with --sampler=ddim, not with {sampler}")
     if labels and max(labels) >= num_classes:
-        fail(f"--labels: {max(labels)} is unknown, the model has " + (f"0 to {num_classes - 1}" if num_classes else "none"))
+        fail(f"--labels: there is no {max(labels)}, the model has {f'0 to {num_classes - 1}' if num_classes else 'none'}")
     if guidance != 1 and not num_classes:
         fail(f"--guidance={guidance}: the model was trained without labels, so it has nothing to be guided by")
     steps = config["n_steps"] if sampler == "ancestral" else steps or config["sample_steps"]
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = ddpm.choose_device(device)
     save = Path(out_dir, "samples.png") if save == "auto" else Path(save)
     if save.suffix in (".png", ".npz"):
         save.parent.mkdir(parents=True, exist_ok=True)

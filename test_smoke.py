@@ -39,7 +39,7 @@ def run(script, *args, cwd, ok=True):
 
 
 def run_here(script, *args, cwd):
-    """(exit code, stdout, stderr) of a script run in this process, which spares the seconds that importing torch takes."""
+    """(exit code, stdout, stderr) of a script run in this process: it spares the seconds that an import takes."""
     out, err, argv, here = io.StringIO(), io.StringIO(), sys.argv, Path.cwd()
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     sys.argv, code = [str(ROOT / f"{script}.py"), *map(str, args)], 0
@@ -57,10 +57,14 @@ def run_here(script, *args, cwd):
     return code, out.getvalue(), err.getvalue()
 
 
-def sample(*args, cwd):
-    code, out, err = run_here("sample", *args, cwd=cwd)
+def here(script, *args, cwd):
+    code, out, err = run_here(script, *args, cwd=cwd)
     assert code == 0, out + err
     return out
+
+
+def sample(*args, cwd):
+    return here("sample", *args, cwd=cwd)
 
 
 def refused(script, *args, cwd, message):
@@ -155,31 +159,17 @@ def test_sample_files_and_seeds(trained):
     ).size == (8, 8)
     other = {"ddpm": "cfm", "cfm": "ddpm"}[script]  # and either kind can be trained on
     data = {"ddpm": "a.npz", "cfm": "pictures"}[script]
-    run(
-        other,
-        "--dataset",
-        data,
-        "--max_iters=1",
-        "--channels=8",
-        "--sample_steps=1",
-        "--out_dir=on_samples",
-        cwd=cwd,
-    )
+    options = ["--max_iters=1", "--channels=8", "--sample_steps=1", "--out_dir=on_samples"]
+    here(other, "--dataset", data, *options, cwd=cwd)
     for name in ("a.npz", "b.npz", "c.npz"):
         (cwd / name).unlink()
 
 
 @pytest.mark.parametrize("script", ["ddpm", "cfm"])
 def test_a_stopped_and_resumed_run_equals_a_straight_one_bit_for_bit(script, tmp_path):
-    """With everything random on: dropout, label dropout, flips, accumulation; stopped by SIGTERM between evaluations."""
-    args = [
-        *TINY,
-        "--max_iters=60",
-        "--dropout=0.2",
-        "--flip",
-        "--gradient_accumulation_steps=2",
-        "--log_interval=8",
-    ]
+    """With all randomness on (dropout of both kinds, flips), and accumulation; stopped between evaluations."""
+    args = [*TINY, "--max_iters=60", "--log_interval=8"]
+    args += ["--dropout=0.2", "--flip", "--gradient_accumulation_steps=2"]
     run(script, *args, "--out_dir=straight", cwd=tmp_path)
     process = subprocess.Popen(
         command(script, *args, "--out_dir=stopped"), cwd=tmp_path, stdout=subprocess.PIPE, text=True
@@ -194,7 +184,7 @@ def test_a_stopped_and_resumed_run_equals_a_straight_one_bit_for_bit(script, tmp
     assert 24 <= stopped_at < 60
     resumed = run(
         script, "--init_from=resume", "--out_dir=stopped", cwd=tmp_path
-    )  # the options come from the run
+    )  # under the run's own options
     assert f"iterations {stopped_at} to 60" in resumed.stdout
     a, b = (flat(checkpoint(tmp_path / name)) for name in ("straight", "stopped"))
     assert len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
@@ -203,59 +193,39 @@ def test_a_stopped_and_resumed_run_equals_a_straight_one_bit_for_bit(script, tmp
     a, b = (list(csv.reader((tmp_path / name / "log.csv").open())) for name in ("straight", "stopped"))
     assert [r[:3] + r[4:] for r in a] == [r[:3] + r[4:] for r in b]  # but for the speed
     refused(script, "--init_from=resume", "--out_dir=stopped", cwd=tmp_path, message="complete at iteration 60")
-    refused(
-        script,
-        "--init_from=resume",
-        "--out_dir=stopped",
-        "--channels=16",
-        cwd=tmp_path,
-        message="cannot become",
-    )
-    refused(
-        {"ddpm": "cfm", "cfm": "ddpm"}[script],
-        "--init_from=resume",
-        "--out_dir=stopped",
-        cwd=tmp_path,
-        message=f"is a run of {script}.py",
-    )
+    resume, other = ["--init_from=resume", "--out_dir=stopped"], {"ddpm": "cfm", "cfm": "ddpm"}[script]
+    refused(script, *resume, "--channels=16", cwd=tmp_path, message="cannot become")
+    refused(other, *resume, cwd=tmp_path, message=f"is a run of {script}.py")
 
 
 @pytest.mark.parametrize("script", ["ddpm", "cfm"])
 def test_two_processes_do_what_one_does_in_two_micro_batches(script, tmp_path):
     args = [*TINY, "--max_iters=5", "--out_dir"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*torchrun, *command(script, *args, "two")[1:]],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    two = [*torchrun, *command(script, *args, "two")[1:]]
+    done = subprocess.run(two, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (
-        done.stdout.count("iteration 5 of 5") == 1
-        and "of 32 pictures" in done.stdout
-        and "2 processes" in done.stdout
-    )
-    run(script, *args, "one", "--gradient_accumulation_steps=2", cwd=tmp_path)
+    assert done.stdout.count("iteration 5 of 5") == 1  # one process alone speaks and writes
+    assert "of 32 pictures" in done.stdout and "2 processes" in done.stdout
+    here(script, *args, "one", "--gradient_accumulation_steps=2", cwd=tmp_path)
     a, b = (checkpoint(tmp_path / name)["model"] for name in ("two", "one"))
     assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=1e-3) for k in a)
 
 
 def test_unconditional(tmp_path):
     for script in ("ddpm", "cfm"):
-        run(script, *TINY, "--max_iters=1", "--conditional=false", f"--out_dir={script}", cwd=tmp_path)
+        here(script, *TINY, "--max_iters=1", "--conditional=false", f"--out_dir={script}", cwd=tmp_path)
         assert "label.weight" not in checkpoint(tmp_path / script)["model"]
         sample(f"--out_dir={script}", "--n_samples=2", "--save=x.npz", cwd=tmp_path)
         assert np.load(tmp_path / "x.npz").files == ["arr_0"]
-        refused("sample", f"--out_dir={script}", "--labels=0", cwd=tmp_path, message="the model knows none")
+        refused("sample", f"--out_dir={script}", "--labels=0", cwd=tmp_path, message="the model has none")
         refused("sample", f"--out_dir={script}", "--guidance=2", cwd=tmp_path, message="without labels")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_mixed_precision_on_the_cpu(dtype, tmp_path):
     """What a GPU runs by default, autocast and the gradient scaler, in the CPU's version."""
-    run("cfm", *TINY, "--max_iters=8", f"--dtype={dtype}", "--out_dir=x", cwd=tmp_path)
+    here("cfm", *TINY, "--max_iters=8", f"--dtype={dtype}", "--out_dir=x", cwd=tmp_path)
     assert all(p.dtype == torch.float32 for p in checkpoint(tmp_path / "x")["model"].values())
 
 
@@ -270,19 +240,11 @@ def test_cuda(script, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_spares_the_checkpoint(tmp_path):
-    run("cfm", *TINY, "--max_iters=2", "--out_dir=x", cwd=tmp_path)
+    here("cfm", *TINY, "--max_iters=2", "--out_dir=x", cwd=tmp_path)
     before = (tmp_path / "x" / "ckpt.pt").read_bytes()
-    done = run(
-        "cfm",
-        "--init_from=resume",
-        "--out_dir=x",
-        "--max_iters=40",
-        "--learning_rate=1e30",
-        "--grad_clip=0",
-        cwd=tmp_path,
-        ok=False,
-    )
-    assert done.returncode == 2 and "not finite" in done.stderr
+    resume = ["--init_from=resume", "--out_dir=x", "--max_iters=40", "--learning_rate=1e30", "--grad_clip=0"]
+    code, _, err = run_here("cfm", *resume, cwd=tmp_path)
+    assert code == 2 and err.count("\n") == 1 and "not finite" in err
     assert (tmp_path / "x" / "ckpt.pt").read_bytes() == before
 
 
@@ -325,7 +287,7 @@ def test_what_is_there_is_not_overwritten_and_damage_is_told(trained):
     script, cwd, _ = trained
     refused(script, *TINY, cwd=cwd, message="--overwrite")
     refused("sample", f"--out_dir=out/{script}", "--sampler=dpm", cwd=cwd, message="is not for")
-    refused("sample", f"--out_dir=out/{script}", "--labels=10", cwd=cwd, message="knows 0 to 9")
+    refused("sample", f"--out_dir=out/{script}", "--labels=10", cwd=cwd, message="the model has 0 to 9")
     (cwd / "damaged").mkdir(exist_ok=True)
     whole = (cwd / "out" / script / "ckpt.pt").read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"something else"):

@@ -77,14 +77,14 @@ class Attention(nn.Module):
 class UNet(nn.Module):
     """
     in_channels       C
-    channels          width of the first level; level i has channels * channel_mults[i]
+    channels          width of the first level, even; level i has channels * channel_mults[i]
     channel_mults     one entry a level; level i works at H / patch / 2^i by W / patch / 2^i
     n_res_blocks      residual blocks a level on the way down, and again on the way up
     attention_levels  levels whose blocks are each followed by attention, from 0; the middle counts as one level more
     dropout           in [0, 1), inside the residual blocks
     patch             patch x patch pixels are folded into channels: 1 for none, 2 works at half resolution
     num_classes       0 for a model without labels
-    Raises ValueError where attention_levels names a level that is not there.
+    Raises ValueError where channels is odd or attention_levels names a level that is not there.
     """
 
     def __init__(self, in_channels=1, channels=32, channel_mults=(1, 2), n_res_blocks=1,
@@ -94,6 +94,8 @@ class UNet(nn.Module):
         emb = 4 * channels
         self.channels, self.patch = channels, patch
         self.multiple = patch * 2 ** (len(widths) - 1)           # H and W are padded to a multiple of this
+        if channels % 2:
+            raise ValueError(f"channels must be even, for the time embedding has pairs of them, but is {channels}")
         if not set(attention_levels) <= set(range(len(widths) + 1)):
             raise ValueError(f"attention_levels {attention_levels}: levels go from 0 to {len(widths)}, the middle")
 

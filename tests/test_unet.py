@@ -84,3 +84,5 @@ def test_attention_mixes_positions_of_any_level():
     assert not any("qkv" in n for n, _ in UNet(attention_levels=()).named_parameters())
     with pytest.raises(ValueError, match="levels go from 0 to 2"):
         UNet(attention_levels=(3,))
+    with pytest.raises(ValueError, match="even"):
+        UNet(channels=7)
