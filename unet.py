@@ -87,7 +87,7 @@ class UNet(nn.Module):
     Raises ValueError where channels is odd or attention_levels names a level that is not there.
     """
 
-    def __init__(self, in_channels=1, channels=32, channel_mults=(1, 2), n_res_blocks=1,
+    def __init__(self, in_channels=1, channels=24, channel_mults=(1, 2), n_res_blocks=1,
                  attention_levels=(2,), dropout=0.0, patch=2, num_classes=0):
         super().__init__()
         widths = [channels * m for m in channel_mults]
@@ -95,7 +95,7 @@ class UNet(nn.Module):
         self.channels, self.patch = channels, patch
         self.multiple = patch * 2 ** (len(widths) - 1)           # H and W are padded to a multiple of this
         if channels % 2:
-            raise ValueError(f"channels must be even, for the time embedding has pairs of them, but is {channels}")
+            raise ValueError(f"channels must be even, as the time embedding uses cosine/sine pairs, but is {channels}")
         if not set(attention_levels) <= set(range(len(widths) + 1)):
             raise ValueError(f"attention_levels {attention_levels}: levels go from 0 to {len(widths)}, the middle")
 

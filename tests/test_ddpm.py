@@ -127,7 +127,7 @@ def test_loss_takes_noise_labels_and_times():
 @pytest.mark.parametrize("sampler, eta", [("ancestral", 0), ("ddim", 0), ("ddim", 1)])
 def test_samplers_draw_the_data_given_the_exact_predictor(sampler, eta):
     torch.manual_seed(0)
-    x = DenoiseDiffusion(exact_eps, 1000, eta=eta).sample(torch.randn(5000, 1), steps=1000, sampler=sampler)
+    x = DenoiseDiffusion(exact_eps, 1000).sample(torch.randn(5000, 1), steps=1000, sampler=sampler, eta=eta)
     assert x.mean().item() == pytest.approx(M, abs=0.006) and x.std().item() == pytest.approx(S, rel=0.06)
 
 
@@ -140,22 +140,24 @@ def test_ddim_converges_to_the_flow_with_its_steps():
     assert 1.6 < errors[0] / errors[1] < 2.4 and 1.6 < errors[1] / errors[2] < 2.4
 
 
-def test_ddim_visits_as_many_times_as_asked():
+@pytest.mark.parametrize("n_steps, steps, visits", [(1000, 7, 7), (1000, 1, 1), (100, 100, 100), (25, 50, 25)])
+def test_ddim_visits_as_many_times_as_asked_and_there_are(n_steps, steps, visits):
     times = []
 
     def eps_model(t, x, y):
         times.append(t[0].item())
         return torch.zeros_like(x)
 
-    DenoiseDiffusion(eps_model, 1000).sample(torch.randn(1, 1), steps=7)
-    assert len(times) == 7 and times[0] == 999 and times == sorted(times, reverse=True)
+    DenoiseDiffusion(eps_model, n_steps).sample(torch.randn(1, 1), steps=steps)
+    assert len(set(times)) == len(times) == visits and times[0] == n_steps - 1
+    assert times == sorted(times, reverse=True) and times[-1] >= 0
 
 
 def test_ddim_is_deterministic_at_eta_0_and_not_at_1():
     noise = torch.randn(5, 1)
     for eta, same in ((0, True), (1, False)):
-        d = DenoiseDiffusion(exact_eps, 1000, eta=eta)
-        assert torch.equal(d.sample(noise, steps=10), d.sample(noise, steps=10)) is same
+        d = DenoiseDiffusion(exact_eps, 1000)
+        assert torch.equal(d.sample(noise, steps=10, eta=eta), d.sample(noise, steps=10, eta=eta)) is same
 
 
 def test_ddim_with_all_steps_and_eta_1_has_the_posteriors_variance():

@@ -3,6 +3,7 @@ The peers as oracles, where they are installed:
 
     pip install --no-deps torchcfm pot scipy labml-nn labml labml-helpers
 """
+
 import pytest
 import torch
 
