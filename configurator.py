@@ -4,7 +4,7 @@ Override a script's globals from the command line and from config files: nanoGPT
     if __name__ == "__main__":
         config = configure(globals(), {"batch_size": (1, math.inf), "dtype": ["float32", "bfloat16"]})
 
-    python cfm.py config/preset.py --batch_size=64 --learning-rate 1e-3 --compile
+    python cfm.py preset.py --batch_size=64 --learning-rate 1e-3 --compile
 
 The options are the script's lower-case globals that hold a bool, int, float, str or tuple. An option has the type of
 its default; where it is given twice, the last value wins. A config file holds `key = literal` lines and is read, never

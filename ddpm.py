@@ -157,6 +157,8 @@ class DenoiseDiffusion:
     @torch.no_grad()
     def sample(self, noise, y=None, steps=50, sampler="ddim", guidance=1.0, eta=0.0):
         """From noise (B, *dim) to pictures in [-1, 1]: ancestral in all n_steps, ddim in `steps` evenly spaced ones."""
+        if sampler not in LIMITS["sampler"]:
+            raise ValueError(f"sampler must be one of {LIMITS['sampler']}, not {sampler!r}")
         steps = self.n_steps if sampler == "ancestral" else min(steps, self.n_steps)
         x, times = noise, [i * self.n_steps // steps - 1 for i in range(steps, -1, -1)]      # n_steps - 1 down to -1
         for t, s in progress(list(zip(times, times[1:]))):
