@@ -46,7 +46,7 @@ overwrite = False            # let a run from scratch replace the one in out_dir
 dataset = "mnist"            # mnist, fashion_mnist, cifar10, synthetic, a folder of pictures, or an .npz file
 data_dir = "data"            # where downloads are kept
 image_size = 0               # side to bring pictures to; 0: as they are
-flip = False                 # mirror every other picture: never for digits
+flip = False                 # mirror pictures at random: never for digits
 conditional = True           # learn the labels, if there are any; false: unconditional
 label_dropout = 0.1          # share of labels hidden during training: guidance also needs the unconditional model
 # model (see unet.py)
