@@ -13,6 +13,7 @@ executed. Every mistake ends in one line on stderr and exit code 2.
 import ast
 import difflib
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -74,8 +75,8 @@ def configure(settings, limits={}, argv=None):
     while args:
         name, equals, value = args.pop(0).partition("=")
         key = name[2:].replace("-", "_")
-        if name in ("-h", "--help"):                            # the script's docstring and its block of options
-            print(settings["__doc__"], script.read_text().split("# " + "-" * 108)[1], sep="\n")
+        if name in ("-h", "--help"):                            # the docstring, and the options between the rules
+            print(settings["__doc__"], *re.split("\n# -{20,}\n", script.read_text())[1:2], sep="\n")
             sys.exit()
         elif name.startswith("--"):
             words = {*WORDS, *map(str, choices.get(key, []))}
