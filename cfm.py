@@ -510,7 +510,9 @@ if __name__ == "__main__":
                   + f"drew sample-{it}.png", flush=True)
         last, last_time = it, time.time()
     if rank == 0 and it < max_iters:
-        print(f"stopped, and saved at iteration {it}: continue with --init_from=resume --out_dir={out_dir}")
+        print(f"stopped, and saved at iteration {it}: continue with --init_from=resume --out_dir={out_dir}", flush=True)
+    code = 128 + int(stop) if stop else 0
     if world > 1:
-        dist.destroy_process_group()
-    raise SystemExit(128 + int(stop) if stop else 0)
+        dist.barrier(cpu_group)                                               # the first process may still be drawing
+        os._exit(code)              # at once: taking gloo's threads down one by one now and then aborts the process
+    raise SystemExit(code)
