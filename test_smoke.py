@@ -280,7 +280,8 @@ def test_one_file_copied_into_another_project_works(tmp_path):
         shutil.copy(ROOT / f"{name}.py", tmp_path)
     (tmp_path / "mine.py").write_text(
         "import torch\nfrom cfm import ConditionalFlowMatcher\nfrom unet import UNet\n"
-        "t, xt, ut = ConditionalFlowMatcher(sigma=0.1).sample_location_and_conditional_flow(*torch.randn(2, 4, 3, 8, 8))\n"
+        "matcher, x0, x1 = ConditionalFlowMatcher(sigma=0.1), *torch.randn(2, 4, 3, 8, 8)\n"
+        "t, xt, ut = matcher.sample_location_and_conditional_flow(x0, x1)\n"
         "print(UNet(in_channels=3)(t=t, x=xt).shape == ut.shape)\n"
     )
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
