@@ -79,7 +79,7 @@ def test_loss_takes_noise_labels_and_times():
 
 
 class Double(torch.Tensor):
-    """A double that .float() leaves as it is: sampling calls it for half precision's sake, and it would hide order 4."""
+    """A double that .float() leaves as it is: sampling calls it for half precision, and it would hide order 4."""
 
     def float(self):
         return self.as_subclass(torch.Tensor)
