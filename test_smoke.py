@@ -8,6 +8,7 @@ The real scripts, run as a user runs them, for a few steps on the CPU. No networ
 import contextlib
 import csv
 import io
+import math
 import os
 import runpy
 import shutil
@@ -20,6 +21,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from configurator import load_data
 
 ROOT = Path(__file__).parent
 TINY = (
@@ -122,26 +125,135 @@ def test_training_learns_and_leaves_what_it_promises(trained):
     assert checkpoint(out)["iteration"] == 40
 
 
-@pytest.mark.parametrize("options", [{}, {"guidance": 2}])
+@pytest.mark.parametrize(
+    "options", [["--steps=3"], ["--guidance=2"], ["--steps=3", "--clip=false", "--ema=false"]]
+)
 def test_sampling_with_every_sampler(trained, options):
+    """The number of evaluations of the model is told: the last step of ddpm's is always a single one."""
     script, cwd, _ = trained
-    for sampler in ("ddim", "ancestral") if script == "ddpm" else ("euler", "midpoint", "heun", "rk4"):
-        args = [f"--{k}={v}" for k, v in options.items()] + (
-            [] if sampler == "ancestral" or options else ["--steps=3"]
-        )
-        out = sample(
-            f"--out_dir=out/{script}",
-            f"--sampler={sampler}",
-            "--n_samples=6",
-            "--labels=3,1",
-            "--save=x.npz",
-            *args,
-            cwd=cwd,
-        )
+    draw = [f"--out_dir=out/{script}", "--n_samples=6", "--labels=3,1", "--save=x.npz"]
+    stages = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "ddim": 1, "dpm++": 1, "dopri5": None}
+    for sampler in [*stages, "ancestral"] if script == "ddpm" else stages:
+        args = [a for a in options if sampler != "ancestral" or "steps" not in a]
+        out = sample(*draw, f"--sampler={sampler}", *args, cwd=cwd)
         arrays = np.load(cwd / "x.npz")
         assert arrays["arr_0"].shape == (6, 8, 8, 1) and arrays["arr_0"].dtype == np.uint8
         assert arrays["arr_1"].tolist() == [3, 1, 3, 1, 3, 1] and sampler in out
+        steps = 3 if "--steps=3" in options else 2
+        if sampler == "ancestral":
+            assert "1000 evaluations" in out
+        elif sampler != "dopri5":
+            n = stages[sampler]
+            assert f" {steps * n if script == 'cfm' else (steps - 1) * n + 1} evaluations" in out
         (cwd / "x.npz").unlink()
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
+def test_the_same_seed_gives_the_same_pictures_also_where_each_step_adds_noise(trained, sampler):
+    script, cwd, _ = trained
+    if script == "cfm" and sampler == "ancestral":
+        return
+    draw = [f"--out_dir=out/{script}", f"--sampler={sampler}", "--n_samples=5"]
+    draw += ["--eta=1", "--steps=20"] if sampler == "ddim" else []
+    for seed, batch_size, name in ((1, 5, "a.npz"), (1, 2, "b.npz"), (2, 5, "c.npz")):
+        sample(*draw, f"--seed={seed}", f"--batch_size={batch_size}", f"--save={name}", cwd=cwd)
+    a, b, c = (np.load(cwd / name)["arr_0"].astype(int) for name in ("a.npz", "b.npz", "c.npz"))
+    assert abs(a - b).max() <= 1 and abs(a - c).max() > 1
+    for name in ("a.npz", "b.npz", "c.npz"):
+        (cwd / name).unlink()
+
+
+def test_interpolation_is_between_two_noises_and_reconstruction_restores(trained):
+    script, cwd, _ = trained
+    draw = [f"--out_dir=out/{script}", "--task=interpolate", "--save=x.npz", "--sampler=rk4", "--steps=5"]
+    sample(*draw, "--n_samples=20", cwd=cwd)
+    x, y = np.load(cwd / "x.npz").values()
+    assert y.tolist() == [0] * 10 + [1] * 10  # a row from one noise to another, of the same class
+    x = x.astype(float)
+    steps, ends = np.abs(np.diff(x[:10], axis=0)).mean(), np.abs(x[0] - x[9]).mean()
+    assert 0 < steps < ends / 3 and np.abs(x[9] - x[10]).mean() > 2 * steps
+    (cwd / "x.npz").unlink()
+    out = sample(f"--out_dir=out/{script}", "--task=reconstruct", "--n_samples=30", "--batch_size=20", cwd=cwd)
+    assert "rk4, 20 steps" in out and float(out.split("restored to ")[1].split()[0]) < 1
+    assert (cwd / "out" / script / "reconstruct.png").exists()
+    for args, message in (
+        (["--task=reconstruct", "--sampler=ddim"], "cannot be run backwards"),
+        (["--task=reconstruct", "--labels=1"], "their own labels"),
+        (["--task=likelihood", "--guidance=2"], "the model as it is"),
+        (["--task=likelihood", "--n_samples=1001"], "only 1000 pictures are held out"),
+    ):
+        refused("sample", f"--out_dir=out/{script}", *args, cwd=cwd, message=message)
+
+
+def test_likelihood_by_one_command(trained):
+    """
+    Of a model that has not learnt anything yet: cfm's flow is the identity, so that held-out pictures, in bits/dim, have
+    log2(127.5) less the log-density of N(0, 1), by hand; ddpm's bound has its three terms, and is far above.
+    """
+    script, cwd, _ = trained
+    here(script, *TINY, "--max_iters=1", "--learning_rate=0", "--out_dir=fresh", "--overwrite", cwd=cwd)
+    bits = {}
+    for out_dir in ("fresh", f"out/{script}"):
+        out = sample(f"--out_dir={out_dir}", "--task=likelihood", "--n_samples=50", "--batch_size=20", cwd=cwd)
+        bits[out_dir], total = float(out.split("\n")[-2].split()[0]), out
+    assert bits[f"out/{script}"] < bits["fresh"] - 0.05
+    if script == "ddpm":
+        terms = [float(total.split(name)[1].split()[0].rstrip(";")) for name in ("L_T", "between", "L_0")]
+        assert sum(terms) == pytest.approx(bits["out/ddpm"], abs=2e-4) and "1000 evaluations" in total
+        refused(
+            "sample", "--out_dir=fresh", "--task=likelihood", "--steps=9", cwd=cwd, message="over all its steps"
+        )
+    else:
+        x = load_data("synthetic", image_size=8)[1][0][:50].double() / 127.5 - 1
+        by_hand = math.log2(127.5) + (x.square().mean().item() / 2 + math.log(2 * math.pi) / 2) / math.log(2)
+        assert bits["fresh"] == pytest.approx(by_hand, abs=1e-3)
+        out = sample(
+            "--out_dir=fresh", "--task=likelihood", "--n_samples=2", "--exact", "--sampler=euler", cwd=cwd
+        )
+        assert "20 evaluations" in out
+
+
+@pytest.mark.parametrize(
+    "script, options",
+    [
+        ("ddpm", [f"--schedule={s}", f"--prediction={p}", f"--weighting={w}"])
+        for s, p, w in (("cosine", "eps", "min_snr"), ("linear", "x0", "simple"), ("cosine", "v", "min_snr"))
+    ]
+    + [("ddpm", ["--variance=fixedsmall", "--sampler=ancestral", "--n_steps=30"]), ("ddpm", ["--n_steps=2"])]
+    + [
+        ("cfm", [f"--path={p}", "--sigma=0.1", f"--t_sampling={t}"])
+        for p, t in (("ot", "uniform"), ("target", "logit_normal"), ("vp", "uniform"), ("sb", "logit_normal"))
+    ],
+)
+def test_every_variant_learns_and_samples(script, options, tmp_path):
+    if {"--path=ot", "--path=sb"} & set(options):
+        pytest.importorskip("scipy")
+    here(script, *TINY, "--max_iters=40", "--learning_rate=5e-3", *options, "--out_dir=x", cwd=tmp_path)
+    held_out = [
+        float(r["held_out"]) for r in csv.DictReader((tmp_path / "x" / "log.csv").open()) if r["held_out"]
+    ]
+    assert held_out[1] < held_out[0]
+    sampler = "rk4" if script == "cfm" else "dpm++"
+    out = sample(
+        "--out_dir=x", "--n_samples=4", "--save=x.npz", f"--sampler={sampler}", "--steps=2", cwd=tmp_path
+    )
+    assert sampler in out and np.load(tmp_path / "x.npz")["arr_0"].std() > 0
+    refused(
+        script,
+        "--init_from=resume",
+        "--out_dir=x",
+        options[0].rsplit("=")[0] + "=" + other(options[0]),
+        "--max_iters=99",
+        cwd=tmp_path,
+        message="for good",
+    ) if other(options[0]) else None
+
+
+def other(option):
+    """Another value for an option that a run cannot change."""
+    return {"--schedule": "cosine" if "linear" in option else "linear", "--path": "icfm"}.get(
+        option.split("=")[0]
+    )
 
 
 def test_sample_files_and_seeds(trained):
@@ -296,9 +408,16 @@ def test_one_file_copied_into_another_project_works(tmp_path):
     [
         ("cfm", ["--sigmaa=1"], "did you mean sigma?"),
         ("cfm", ["--sigma=-1"], "--sigma: -1.0 is not between 0 and inf"),
-        ("cfm", ["--sampler=ddim"], "expected euler, midpoint, heun, rk4, not 'ddim'"),
+        (
+            "cfm",
+            ["--sampler=ancestral"],
+            "expected euler, midpoint, heun, rk4, dopri5, ddim, dpm++, not 'ancestral'",
+        ),
         ("cfm", ["--init_from=resume"], "no whole checkpoint"),
-        ("ddpm", ["--n_steps=20"], "--n_steps: 20 is not between 21"),
+        ("cfm", ["--path=sb"], "a Schroedinger bridge needs a sigma above 0"),
+        ("cfm", ["--path=vp", "--sampler=dpm++"], "--sampler=dpm++ is for straight paths, not for --path=vp"),
+        ("ddpm", ["--prediction=score"], "expected eps, x0, v, not 'score'"),
+        ("ddpm", ["--n_steps=1"], "--n_steps: 1 is not between 2"),
         ("ddpm", ["--batch_size=0"], "0 is not between 1"),
         ("ddpm", ["--device=gpu"], "--device=gpu cannot be used here"),
         ("cfm", ["--dataset=mnits"], "--dataset=mnits: none of"),

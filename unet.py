@@ -15,6 +15,7 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def norm(channels):
@@ -142,3 +143,10 @@ class UNet(nn.Module):
                 h = attention(block(torch.cat([h, skips.pop()], dim=1), emb))
         h = self.conv_out(F.silu(self.norm_out(h)))
         return F.pixel_shuffle(h, self.patch)[:, :, :H, :W]
+
+    @torch.no_grad()
+    def flops(self, x):
+        """Floating-point operations of a forward pass, two for each multiplication and addition."""
+        with FlopCounterMode(display=False) as counter:
+            self(t=torch.zeros(len(x), device=x.device), x=x)
+        return counter.get_total_flops()

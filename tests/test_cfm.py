@@ -1,11 +1,11 @@
 """ConditionalFlowMatcher and VelocityField against closed forms."""
 
-import math
+import itertools
 
 import pytest
 import torch
 
-from cfm import ConditionalFlowMatcher, VelocityField, guided
+from cfm import PATHS, ConditionalFlowMatcher, VelocityField, guided, wide
 
 M, S = 0.3, 0.5  # the data: N(M, S^2); the noise: N(0, 1)
 
@@ -31,20 +31,108 @@ def test_path_and_order_of_draws(sigma, shape):
     assert torch.equal(matcher.sample_location_and_conditional_flow(x0, x1, t=torch.ones(5))[0], torch.ones(5))
 
 
-def test_a_negative_sigma_is_refused():
-    with pytest.raises(ValueError, match="negative"):
-        ConditionalFlowMatcher(-0.1)
+@pytest.mark.parametrize("path", PATHS.values())
+def test_a_negative_sigma_is_refused(path):
+    with pytest.raises(ValueError, match="sigma"):
+        path(-0.1)
 
 
-def test_velocity_is_the_derivative_of_the_path():
+def test_a_bridge_needs_a_width():
+    with pytest.raises(ValueError, match="above 0"):
+        PATHS["sb"](0.0)
+
+
+@pytest.mark.parametrize("path", PATHS.values())
+@pytest.mark.parametrize("shape", [(4, 3), (4, 2, 3), (4, 1, 3, 3)])
+def test_velocity_is_the_derivative_of_the_path(path, shape):
     """u_t = sigma'/sigma (x - mu) + mu', by central differences in double precision."""
-    matcher, x0, x1 = ConditionalFlowMatcher(0.3), torch.randn(4, 3).double(), torch.randn(4, 3).double()
-    t, h = torch.rand(4).double(), 1e-6
+    matcher, x0, x1 = path(0.3), torch.randn(shape).double(), torch.randn(shape).double()
+    t, h = torch.rand(4).double() * 0.9 + 0.05, 1e-6
     mu_dot = (matcher.compute_mu_t(x0, x1, t + h) - matcher.compute_mu_t(x0, x1, t - h)) / (2 * h)
     sigma_dot = (matcher.compute_sigma_t(t + h) - matcher.compute_sigma_t(t - h)) / (2 * h)
-    xt = matcher.sample_xt(x0, x1, t, torch.randn(4, 3).double())
-    u = sigma_dot / matcher.compute_sigma_t(t) * (xt - matcher.compute_mu_t(x0, x1, t)) + mu_dot
-    assert torch.allclose(u, matcher.compute_conditional_flow(x0, x1, t, xt), atol=1e-8)
+    xt = matcher.sample_xt(x0, x1, t, torch.randn(shape).double())
+    growth = torch.as_tensor(sigma_dot / matcher.compute_sigma_t(t)).double()
+    u = wide(growth.expand(4), xt) * (xt - matcher.compute_mu_t(x0, x1, t)) + mu_dot
+    assert torch.allclose(u, matcher.compute_conditional_flow(x0, x1, t, xt), atol=1e-6)
+
+
+@pytest.mark.parametrize("path", PATHS.values())
+def test_every_path_leads_from_noise_to_data(path):
+    matcher, x0, x1 = path(0.3), torch.randn(4, 1, 3, 3), torch.randn(4, 1, 3, 3)
+    start, end = torch.zeros(4), torch.ones(4)
+    if path is PATHS["target"]:  # from N(0, I), whatever x0, to N(x1, sigma^2)
+        assert matcher.compute_mu_t(x0, x1, start).abs().max() == 0
+        assert (matcher.compute_sigma_t(start) == 1).all() and torch.allclose(
+            matcher.compute_sigma_t(end), end * 0.3
+        )
+    else:
+        assert torch.equal(matcher.compute_mu_t(x0, x1, start), x0)
+    assert torch.allclose(matcher.compute_mu_t(x0, x1, end), x1, atol=1e-6)
+
+
+def test_a_bridge_has_no_width_at_its_ends_and_is_widest_between():
+    width = PATHS["sb"](0.5).compute_sigma_t(torch.tensor([0, 0.5, 1]))
+    assert width.tolist() == [0, 0.25, 0]
+
+
+@pytest.mark.parametrize("path", ["ot", "sb"])
+def test_pairing_is_the_best_of_all_permutations(path):
+    pytest.importorskip("scipy")
+    for shape in ((6, 2), (6, 1, 3, 3)):
+        x0, x1 = torch.randn(shape), torch.randn(shape)
+        paired = PATHS[path](0.5).pair(x0, x1)
+        cost = [(x0[list(p)] - x1).square().sum().item() for p in itertools.permutations(range(6))]
+        assert (paired - x1).square().sum().item() == pytest.approx(min(cost), rel=1e-5)
+        assert min(cost) < 0.9 * cost[0]
+
+
+def test_pairing_loses_nothing_and_stays_within_each_class():
+    pytest.importorskip("scipy")
+    x0, x1, y = torch.randn(40, 1, 2, 2), torch.randn(40, 1, 2, 2), torch.arange(40) % 4 - 1
+    paired = PATHS["ot"]().pair(x0, x1, y)
+    order = [(x0 == p).flatten(1).all(1).nonzero().item() for p in paired]  # which noise each picture got
+    assert sorted(order) == list(range(40)) and order != list(range(40))
+    assert torch.equal(y[order], y)  # pairs are formed among the pictures of a class, or of no label, -1
+    for label in y.unique():
+        own = y == label
+        assert torch.equal(paired[own], PATHS["ot"]().pair(x0[own], x1[own]))
+
+
+def test_loss_pairs_with_the_labels_and_keeps_them():
+    pytest.importorskip("scipy")
+    seen = {}
+
+    def v_model(t, x, y):
+        seen.update(x=x, y=y)
+        return torch.zeros_like(x)
+
+    x1, x0, y = torch.randn(8, 3), torch.randn(8, 3), torch.arange(8) % 2
+    matcher = PATHS["ot"]()
+    loss = VelocityField(v_model, matcher).loss(x1, x0, y, torch.zeros(8))
+    assert torch.equal(seen["x"], matcher.pair(x0, x1, y)) and torch.equal(seen["y"], y)
+    assert loss.item() == pytest.approx((x1 - matcher.pair(x0, x1, y)).square().mean().item())
+    assert loss < VelocityField(v_model, ConditionalFlowMatcher()).loss(x1, x0, y, torch.zeros(8))
+
+
+def test_times_are_uniform_or_logit_normal_and_a_bridge_keeps_off_its_ends():
+    times = []
+
+    def v_model(t, x, y):
+        times.append(t)
+        return torch.zeros_like(x)
+
+    torch.manual_seed(0)
+    for name, t_sampling in (("icfm", "uniform"), ("icfm", "logit_normal"), ("sb", "uniform")):
+        field = VelocityField(v_model, PATHS[name](0.5), t_sampling)
+        field.matcher.pair = lambda x0, x1, y: x0
+        field.loss(torch.zeros(100_000, 1))
+    uniform, logit_normal, bridge = times
+    assert uniform.mean().item() == pytest.approx(0.5, abs=0.01) and uniform.var().item() == pytest.approx(
+        1 / 12, rel=0.02
+    )
+    logits = torch.logit(logit_normal)
+    assert logits.mean().abs() < 0.02 and logits.std().item() == pytest.approx(1, abs=0.02)
+    assert bridge.min() == pytest.approx(1e-3) and bridge.max() == pytest.approx(1 - 1e-3)
 
 
 def test_loss_of_the_exact_velocity_is_the_closed_form():
@@ -76,38 +164,6 @@ def test_loss_takes_noise_labels_and_times():
     loss = VelocityField(v_model, ConditionalFlowMatcher()).loss(x1, x0, y, u)
     assert loss.item() == pytest.approx((x1 - x0).square().mean().item())
     assert torch.equal(seen["t"], u) and seen["y"] is y and torch.equal(seen["x"][0], x0[0])
-
-
-class Double(torch.Tensor):
-    """A double that .float() leaves as it is: sampling calls it for half precision, and it would hide order 4."""
-
-    def float(self):
-        return self.as_subclass(torch.Tensor)
-
-
-@pytest.mark.parametrize(
-    "sampler, order, evaluations", [("euler", 1, 1), ("midpoint", 2, 2), ("heun", 2, 2), ("rk4", 4, 4)]
-)
-def test_samplers_converge_at_their_order(sampler, order, evaluations):
-    """dx/dt = (1 + 2t) x, which takes x(0) to e^2 x(0)."""
-    times, x0, errors = [], torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None], []
-
-    def v_model(t, x, y):
-        times.append(t[0].item())
-        return ((1 + 2 * t.double()[:, None]) * x).as_subclass(Double)
-
-    for steps in (32, 64):
-        times.clear()
-        x = VelocityField(v_model, ConditionalFlowMatcher()).sample(x0, steps=steps, sampler=sampler)
-        assert len(times) == steps * evaluations and min(times) == 0 and max(times) <= 1
-        errors.append((x - math.e**2 * x0).abs().max().item())
-    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.15)
-
-
-def test_samples_follow_the_data_given_the_exact_velocity():
-    torch.manual_seed(0)
-    x = VelocityField(exact_velocity, ConditionalFlowMatcher()).sample(torch.randn(50_000, 1), steps=20)
-    assert x.mean().item() == pytest.approx(M, abs=0.01) and x.std().item() == pytest.approx(S, rel=0.02)
 
 
 def test_guidance_mixes_the_two_predictions_in_one_call():

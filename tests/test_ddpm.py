@@ -24,17 +24,39 @@ def test_schedule_is_the_papers_at_1000_steps():
     assert torch.equal(d.sigma2, d.beta)
 
 
-@pytest.mark.parametrize("n_steps", [21, 50, 100, 500, 1000, 4000])
-def test_no_signal_is_left_at_the_end(n_steps):
-    d = DenoiseDiffusion(None, n_steps)
+@pytest.mark.parametrize("n_steps", [2, 3, 10, 20, 21, 50, 100, 500, 1000, 4000])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_no_signal_is_left_at_the_end(n_steps, schedule):
+    d = DenoiseDiffusion(None, n_steps, schedule=schedule)
     assert len(d.beta) == d.n_steps == n_steps and 0 < d.beta.min() and d.beta.max() < 1
-    assert d.alpha_bar[-1].sqrt() < 0.01
+    assert d.alpha_bar[-1].sqrt() < (0.01 if n_steps > 10 else 0.04)
+    assert (d.alpha_bar[1:] < d.alpha_bar[:-1]).all()
 
 
-@pytest.mark.parametrize("n_steps", [-1, 0, 1, 20])
-def test_too_few_steps_are_refused(n_steps):
-    with pytest.raises(ValueError, match="at least 21"):
-        DenoiseDiffusion(None, n_steps)
+def test_cosine_schedule_by_hand():
+    """Nichol & Dhariwal: alpha_bar falls from 1, before the first step, as cos^2; beta stops at 0.999."""
+    d = DenoiseDiffusion(None, 1000, schedule="cosine")
+    for t in (0, 1, 100, 499, 900):
+        f = [math.cos((i / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for i in (t + 1, 0)]
+        assert d.alpha_bar[t].item() == pytest.approx(f[0] / f[1], rel=1e-4)
+    assert d.beta[-1].item() == pytest.approx(0.999) and d.beta[0].item() == pytest.approx(4.13e-5, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"n_steps": -1}, "at least 2"),
+        ({"n_steps": 0}, "at least 2"),
+        ({"n_steps": 1}, "at least 2"),
+        ({"schedule": "quadratic"}, "schedule must be one of"),
+        ({"prediction": "score"}, "prediction must be one of"),
+        ({"weighting": "snr"}, "weighting must be one of"),
+        ({"variance": "learned"}, "variance must be one of"),
+    ],
+)
+def test_what_there_is_not_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        DenoiseDiffusion(None, **options)
 
 
 def test_q_xt_x0_is_the_chain_of_single_steps():
@@ -57,11 +79,60 @@ def test_q_sample_uses_the_given_noise_and_each_pictures_own_time():
     assert not torch.equal(d.q_sample(x0, t), d.q_sample(x0, t))
 
 
-def test_both_forms_of_the_posterior_mean_agree():
-    d, t = DenoiseDiffusion(None, 1000), torch.arange(1000)
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_both_forms_of_the_posterior_mean_agree_to_float_precision(schedule):
+    d, t = DenoiseDiffusion(None, 1000, schedule=schedule), torch.arange(1000)
     x0, eps = torch.rand(1000, 8) * 1.8 - 0.9, torch.randn(1000, 8)
     xt = d.q_sample(x0, t, eps)
-    assert torch.allclose(d.p_mean(xt, t, eps), d.p_mean(xt, t, eps, clip=True), atol=2e-4)
+    assert torch.allclose(
+        d.q_posterior_mean(xt, t, x0), d.q_posterior_mean_eps(xt, t, eps), atol=2e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_every_prediction_is_read_as_the_same_x0_and_eps(prediction):
+    t, x0, eps = torch.arange(0, 1000, 37), torch.rand(28, 5) * 2 - 1, torch.randn(28, 5)
+    d = DenoiseDiffusion(None, prediction=prediction)
+    alpha, sigma = d.alpha_sigma(t, x0)
+    target = {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0}[prediction]
+    d.eps_model = lambda t, x, y: target
+    xt = d.q_sample(x0, t, eps)
+    got_x0, got_eps = d.predict(xt, t, alpha, sigma)
+    assert torch.allclose(got_x0, x0, atol=2e-4) and torch.allclose(got_eps, eps, atol=2e-4)
+    assert d.loss(x0, eps, u=(t + 0.5) / 1000) == 0
+    for clip in (False, True):
+        assert torch.allclose(d.p_mean(xt, t, clip=clip), d.q_posterior_mean(xt, t, x0), atol=1e-4)
+
+
+def test_min_snr_weighs_the_error_of_x0_the_same_whatever_is_predicted():
+    """Models wrong by the same delta in x0: -alpha/sigma delta in eps, -delta/sigma in v. Simple: each its own error."""
+    u, x0, noise = (torch.arange(1000) + 0.5) / 1000, torch.rand(1000, 4), torch.randn(1000, 4)
+    delta, losses, simple = torch.randn(1000, 4), [], []
+    for prediction in ("eps", "x0", "v"):
+        for weighting, found in (("min_snr", losses), ("simple", simple)):
+            d = DenoiseDiffusion(None, prediction=prediction, weighting=weighting)
+            alpha, sigma = d.alpha_sigma(torch.arange(1000), x0)
+            wrong = {"eps": -alpha / sigma * delta, "x0": delta, "v": -delta / sigma}[prediction]
+            target = {"eps": noise, "x0": x0, "v": alpha * noise - sigma * x0}[prediction]
+            d.eps_model = lambda t, x, y, wrong=wrong, target=target: target + wrong
+            found.append(d.loss(x0, noise, u=u).item())
+            assert (
+                simple == []
+                or weighting == "min_snr"
+                or simple[-1] == pytest.approx(wrong.square().mean().item())
+            )
+    snr = (BAR / (1 - BAR)).clamp(max=5)
+    by_hand = (snr[:, None] * delta.square()).mean().item()
+    assert losses == pytest.approx([by_hand] * 3, rel=1e-3) and len({round(s, 3) for s in simple}) == 3
+
+
+def test_variances_of_p():
+    large, small = (DenoiseDiffusion(None, variance=v) for v in ("fixedlarge", "fixedsmall"))
+    prev = torch.cat([torch.ones(1), BAR[:-1]])
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    tilde = beta * (1 - prev) / (1 - BAR)
+    assert torch.equal(large.sigma2, beta.float())
+    assert torch.allclose(small.sigma2[1:], tilde[1:].float(), rtol=1e-5) and small.sigma2[0] == small.sigma2[1]
 
 
 def test_posterior_mean_is_bayes_rule():
@@ -69,21 +140,12 @@ def test_posterior_mean_is_bayes_rule():
     d, t = DenoiseDiffusion(None, 1000), torch.arange(1, 1000)
     x0, eps = torch.full((999, 1), 0.3), torch.full((999, 1), 0.5)
     xt = d.q_sample(x0, t, eps).double()
-    alpha, bar_prev = (at(v, t, xt).double() for v in (d.alpha, d.alpha_bar_prev))
+    alpha, bar_prev = at(d.alpha, t, xt).double(), at(d.alpha_bar, t - 1, xt).double()
     prior_mean, prior_var = bar_prev.sqrt() * x0, 1 - bar_prev
     seen_mean, seen_var = xt / alpha.sqrt(), (1 - alpha) / alpha
     mean = (prior_mean / prior_var + seen_mean / seen_var) / (1 / prior_var + 1 / seen_var)
-    assert torch.allclose(d.p_mean(xt.float(), t, eps).double(), mean, atol=1e-3)
-
-
-def test_clipping_acts_on_the_prediction():
-    d, xt, t = (
-        DenoiseDiffusion(lambda t, x, y: torch.zeros_like(x), 1000),
-        torch.full((1, 1), 3.0),
-        torch.tensor([1]),
-    )
-    assert d.p_mean(xt, t, torch.zeros_like(xt), clip=True) < d.p_mean(xt, t, torch.zeros_like(xt)) - 0.5
-    assert d.ddim_sample(xt, t, torch.tensor([-1])) == 1
+    assert torch.allclose(d.q_posterior_mean_eps(xt.float(), t, eps).double(), mean, atol=1e-3)
+    assert torch.allclose(d.q_posterior_mean(xt.float(), t, x0).double(), mean, atol=1e-5)
 
 
 def test_the_last_step_adds_no_noise_and_the_others_do():
@@ -124,55 +186,9 @@ def test_loss_takes_noise_labels_and_times():
     assert torch.equal(seen["x"], d.q_sample(x0, seen["t"], noise))
 
 
-@pytest.mark.parametrize("sampler, eta", [("ancestral", 0), ("ddim", 0), ("ddim", 1)])
-def test_samplers_draw_the_data_given_the_exact_predictor(sampler, eta):
-    torch.manual_seed(0)
-    x = DenoiseDiffusion(exact_eps, 1000).sample(torch.randn(5000, 1), steps=1000, sampler=sampler, eta=eta)
-    assert x.mean().item() == pytest.approx(M, abs=0.006) and x.std().item() == pytest.approx(S, rel=0.06)
-
-
-def test_ddim_converges_to_the_flow_with_its_steps():
-    """At eta = 0 the exact map from noise is x = M + S noise; the error halves as the steps double: order 1."""
-    noise, errors = torch.linspace(-2, 2, 9)[:, None], []
-    for steps in (50, 100, 200):
-        x = DenoiseDiffusion(exact_eps, 1000).sample(noise, steps=steps)
-        errors.append((x - (M + S * noise)).abs().max().item())
-    assert 1.6 < errors[0] / errors[1] < 2.4 and 1.6 < errors[1] / errors[2] < 2.4
-
-
-@pytest.mark.parametrize("n_steps, steps, visits", [(1000, 7, 7), (1000, 1, 1), (100, 100, 100), (25, 50, 25)])
-def test_ddim_visits_as_many_times_as_asked_and_there_are(n_steps, steps, visits):
-    times = []
-
-    def eps_model(t, x, y):
-        times.append(t[0].item())
-        return torch.zeros_like(x)
-
-    DenoiseDiffusion(eps_model, n_steps).sample(torch.randn(1, 1), steps=steps)
-    assert len(set(times)) == len(times) == visits and times[0] == n_steps - 1
-    assert times == sorted(times, reverse=True) and times[-1] >= 0
-
-
-def test_ddim_is_deterministic_at_eta_0_and_not_at_1():
-    noise = torch.randn(5, 1)
-    for eta, same in ((0, True), (1, False)):
-        d = DenoiseDiffusion(exact_eps, 1000)
-        assert torch.equal(d.sample(noise, steps=10, eta=eta), d.sample(noise, steps=10, eta=eta)) is same
-
-
 def test_ddim_with_all_steps_and_eta_1_has_the_posteriors_variance():
     d, t = DenoiseDiffusion(None, 1000), torch.arange(1, 1000)
     bar_t, bar_s, beta = d.alpha_bar.double()[t], d.alpha_bar.double()[t - 1], d.beta.double()[t]
     assert torch.allclose(
         (1 - bar_s) / (1 - bar_t) * (1 - bar_t / bar_s), beta * (1 - bar_s) / (1 - bar_t), rtol=1e-2
     )
-
-
-def test_variance_of_a_gaussian_survives_every_ddim_step():
-    """With the exact predictor a deterministic step maps Gaussians to Gaussians; fine steps keep the marginals of q."""
-    torch.manual_seed(0)
-    d = DenoiseDiffusion(exact_eps, 1000)
-    t, s = 500, 499
-    x = d.q_sample(M + S * torch.randn(200_000, 1), torch.full((200_000,), t))
-    x = d.ddim_sample(x, torch.full((200_000,), t), torch.full((200_000,), s))
-    assert x.std().item() == pytest.approx(math.sqrt(d.alpha_bar[s] * S**2 + 1 - d.alpha_bar[s]), rel=5e-3)

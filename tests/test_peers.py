@@ -1,47 +1,91 @@
 """
 The peers as oracles, where they are installed:
 
-    pip install --no-deps torchcfm pot scipy labml-nn labml labml-helpers
+    pip install scipy pot diffusers
+    pip install --no-deps torchcfm labml-nn labml labml-helpers
 """
+
+import math
 
 import pytest
 import torch
 
-from cfm import ConditionalFlowMatcher
+from cfm import PATHS, ConditionalFlowMatcher
 from ddpm import DenoiseDiffusion
+from sample import Flow, ddim, dpm_solver, draw
+
+SIGMAS = [0, 0.0, 5e-4, 0.5, 1, 1.5]
+SHAPES = [(6, 2), (6, 3, 4), (6, 1, 5, 4)]
 
 
-@pytest.mark.parametrize("sigma", [0, 0.0, 5e-4, 0.5, 1, 1.5])
-@pytest.mark.parametrize("shape", [(6, 2), (6, 3, 4), (6, 1, 5, 4)])
-def test_torchcfm_to_equality(sigma, shape):
-    peer = pytest.importorskip("torchcfm.conditional_flow_matching").ConditionalFlowMatcher(sigma)
-    ours, x0, x1 = ConditionalFlowMatcher(sigma), torch.randn(shape), torch.randn(shape)
+@pytest.fixture
+def torchcfm():
+    return pytest.importorskip("torchcfm.conditional_flow_matching", reason="torchcfm is not installed")
+
+
+def same(peer, ours, x0, x1, paired):
+    """Both give the same, bit for bit, under one seed, from x0 as it is paired with x1."""
     results = []
-    for matcher in (peer, ours):
+    for matcher, start in ((peer, paired), (ours, x0)):
         torch.manual_seed(3)
-        results.append(matcher.sample_location_and_conditional_flow(x0, x1, return_noise=True))
-    assert all(torch.equal(a, b) for a, b in zip(*results))
-    t, epsilon = torch.rand(6), torch.randn(shape)
+        results.append(matcher.sample_location_and_conditional_flow(start, x1, return_noise=True))
+    for a, b in zip(*results):
+        assert torch.equal(a, b) or (a.isnan() & b.isnan() | (a == b)).all()
+    t, epsilon = torch.rand(6), torch.randn(x0.shape)
     for name, args in (
-        ("compute_mu_t", (x0, x1, t)),
-        ("sample_xt", (x0, x1, t, epsilon)),
-        ("compute_conditional_flow", (x0, x1, t, x0)),
+        ("compute_mu_t", (paired, x1, t)),
+        ("sample_xt", (paired, x1, t, epsilon)),
+        ("compute_conditional_flow", (paired, x1, t, epsilon)),
+        ("compute_sigma_t", (t,)),
+        ("compute_lambda", (t,)),
     ):
-        assert torch.equal(getattr(peer, name)(*args), getattr(ours, name)(*args))
-    assert peer.compute_sigma_t(t) == ours.compute_sigma_t(t)
+        assert torch.equal(*(torch.as_tensor(getattr(m, name)(*args)) for m in (peer, ours))), name
+
+
+@pytest.mark.parametrize("sigma", SIGMAS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("path", ["icfm", "target", "vp"])
+def test_torchcfm_to_equality(torchcfm, path, sigma, shape):
+    ours, x0, x1 = PATHS[path](sigma), torch.randn(shape), torch.randn(shape)
+    same(getattr(torchcfm, type(ours).__name__)(sigma), ours, x0, x1, x0)
+
+
+@pytest.mark.filterwarnings("ignore:Small sigma")
+@pytest.mark.parametrize("sigma", SIGMAS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("path", ["ot", "sb"])
+def test_torchcfm_to_equality_after_pairing(torchcfm, path, sigma, shape, monkeypatch):
+    """torchcfm draws pairs from the plan with replacement; ours are its support. From there on all must be equal."""
+    if path == "sb" and sigma == 0:
+        for matcher in (torchcfm.SchrodingerBridgeConditionalFlowMatcher, PATHS["sb"]):
+            with pytest.raises(ValueError):
+                matcher(sigma)
+        return
+    ours, x0, x1 = PATHS[path](sigma), torch.randn(shape), torch.randn(shape)
+    peer, paired = getattr(torchcfm, type(ours).__name__)(sigma), ours.pair(x0, x1)
+    plan = torch.as_tensor(peer.ot_sampler.get_map(x0, x1))  # a sixth at each pair, nothing elsewhere
+    own = (x0.flatten(1)[:, None] == paired.flatten(1)[None]).all(2)
+    assert torch.allclose(plan.float(), own / 6)
+    monkeypatch.setattr(peer.ot_sampler, "sample_plan", lambda x0, x1, replace=True: (x0, x1))
+    same(peer, ours, x0, x1, paired)
+
+
+def test_a_class_is_exactly_torchcfms_by_name(torchcfm):
+    assert {p.__name__ for p in PATHS.values()} <= set(dir(torchcfm))
+    public = {n for n in dir(torchcfm.ConditionalFlowMatcher) if n[0] != "_"}
+    assert public <= set(dir(ConditionalFlowMatcher))
+
+
+def network(x, t, y=None):
+    """Something fixed that uses both, for whoever calls it as (x, t) or by name."""
+    weight = torch.randn(3, 3, 3, 3, generator=torch.Generator().manual_seed(0)) / 6
+    return torch.tanh(torch.nn.functional.conv2d(x, weight, padding=1)) * (1 + t.reshape(-1, 1, 1, 1) / 1000)
 
 
 @pytest.fixture
 def labml():
-    """labml's DenoiseDiffusion and ours around the same fixed network, which labml calls as eps_model(xt, t)."""
-    peer = pytest.importorskip("labml_nn.diffusion.ddpm").DenoiseDiffusion
-    torch.manual_seed(0)
-    network = torch.nn.Conv2d(3, 3, 3, padding=1)
-
-    def eps_model(x, t, y=None):
-        return network(x) * (1 + t.reshape(-1, 1, 1, 1) / 1000)
-
-    return peer(eps_model, 1000, "cpu"), DenoiseDiffusion(eps_model, 1000, "cpu")
+    peer = pytest.importorskip("labml_nn.diffusion.ddpm", reason="labml-nn is not installed").DenoiseDiffusion
+    return peer(network, 1000, "cpu"), DenoiseDiffusion(network, 1000, "cpu")
 
 
 def test_labml(labml):
@@ -52,11 +96,107 @@ def test_labml(labml):
     for a, b in zip(peer.q_xt_x0(x0, t), ours.q_xt_x0(x0, t)):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
     assert torch.allclose(peer.q_sample(x0, t, eps), ours.q_sample(x0, t, eps), atol=1e-5)
-    draws, losses = [], []
+    losses = []
     for method in (peer, ours):
-        torch.manual_seed(1)
-        draws.append(method.p_sample(x0, t))
         torch.manual_seed(2)
         losses.append(method.loss(x0, eps))
-    assert torch.allclose(*draws, atol=1e-4)
     assert torch.allclose(*losses, rtol=1e-4)
+
+
+def test_labml_p_sample_at_all_t_but_the_last_step(labml):
+    """There labml adds noise; Algorithm 2, line 3, does not."""
+    for t in range(1, 1000):
+        draws, xt = [], torch.randn(1, 3, 4, 4)
+        for method in labml:
+            torch.manual_seed(t)
+            draws.append(method.p_sample(xt, torch.tensor([t])))
+        assert torch.allclose(*draws, atol=1e-4), t
+
+
+@pytest.fixture
+def diffusers():
+    return pytest.importorskip("diffusers", reason="diffusers is not installed")
+
+
+OPTIONS = {"linear": {}, "cosine": {"beta_schedule": "squaredcos_cap_v2"}}
+PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+KINDS = [(s, p) for s in OPTIONS for p in PREDICTIONS]
+
+
+def pair_of(scheduler, schedule, prediction, **options):
+    """A scheduler and a DenoiseDiffusion around the same network, and a start."""
+    ours = DenoiseDiffusion(
+        network, schedule=schedule, prediction=prediction, variance=options.pop("variance", "fixedlarge")
+    )
+    peer = scheduler(prediction_type=PREDICTIONS[prediction], **OPTIONS[schedule], **options)
+    return peer, ours, torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("schedule", OPTIONS)
+def test_diffusers_tables(diffusers, schedule):
+    peer, ours, x0 = pair_of(diffusers.DDPMScheduler, schedule, "eps")
+    assert torch.allclose(peer.betas, ours.beta, rtol=2e-3, atol=1e-7)
+    assert torch.allclose(peer.alphas_cumprod, ours.alpha_bar, rtol=2e-3, atol=1e-7)
+    eps, t = torch.randn(x0.shape), torch.tensor([3, 700])
+    assert torch.allclose(peer.add_noise(x0, eps, t), ours.q_sample(x0, t, eps), atol=1e-4)
+    alpha, sigma = ours.alpha_sigma(t, x0)
+    assert torch.allclose(peer.get_velocity(x0, eps, t), alpha * eps - sigma * x0, atol=1e-4)
+
+
+@pytest.mark.parametrize("schedule, prediction", KINDS)
+@pytest.mark.parametrize("variance", ["fixedlarge", "fixedsmall"])
+def test_diffusers_ancestral(diffusers, schedule, prediction, variance):
+    name = {"fixedlarge": "fixed_large", "fixedsmall": "fixed_small"}[variance]
+    peer, ours, x = pair_of(
+        diffusers.DDPMScheduler, schedule, prediction, variance=variance, variance_type=name
+    )
+    peer.set_timesteps(1000)
+    sources, theirs = [torch.Generator().manual_seed(5) for _ in range(2)], x
+    for t in peer.timesteps:
+        theirs = peer.step(network(theirs, t.repeat(2)), t, theirs, generator=sources[0]).prev_sample
+    noises = (torch.randn(x.shape, generator=sources[1]) for _ in range(1000))
+    found, evaluations = draw(ours, x, sampler="ancestral", randn=lambda _: next(noises))
+    assert evaluations == 1000 and torch.allclose(theirs, found, atol=2e-3)
+
+
+@pytest.mark.parametrize("schedule, prediction", KINDS)
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_diffusers_ddim(diffusers, schedule, prediction, eta):
+    peer, ours, x = pair_of(diffusers.DDIMScheduler, schedule, prediction, timestep_spacing="trailing")
+    peer.set_timesteps(50)
+    noises, theirs = [torch.randn(x.shape) for _ in range(50)], x
+    for t, noise in zip(peer.timesteps, noises):
+        step = {"eta": eta, "use_clipped_model_output": True, "variance_noise": noise}
+        theirs = peer.step(network(theirs, t.repeat(2)), t, theirs, **step).prev_sample
+    flow = Flow(ours)
+    taus, steps = [*flow.taus[peer.timesteps].tolist(), 1.0], iter(range(1, 51))
+
+    def randn(z):  # theirs is in x, ours in z = (alpha + sigma) x: the step scales it
+        return noises[next(steps) - 1]
+
+    start = x * math.hypot(taus[0], 1 - taus[0])
+    assert torch.allclose(theirs, ddim(flow, start, taus, eta, True, randn), atol=2e-3)
+
+
+@pytest.mark.parametrize("schedule, prediction", KINDS)
+@pytest.mark.parametrize("steps", [10, 20, 50])
+def test_diffusers_dpm_solver(diffusers, schedule, prediction, steps):
+    peer, ours, x = pair_of(
+        diffusers.DPMSolverMultistepScheduler,
+        schedule,
+        prediction,
+        beta_start=1e-4,
+        beta_end=0.02,
+        thresholding=False,
+    )
+    flow = Flow(ours)
+    taus = flow.times(steps)
+    peer.set_timesteps(timesteps=torch.linspace(999, 0, steps).round().tolist())
+    theirs = x
+    for t in peer.timesteps:
+        theirs = peer.step(network(theirs, t.repeat(2)), t, theirs).prev_sample
+    start = x * math.hypot(taus[0], 1 - taus[0])
+    assert torch.allclose(theirs, dpm_solver(flow, start, [*taus, 1.0], clip=False), atol=2e-3)
+    assert torch.equal(
+        draw(ours, x, None, steps, "dpm++", clip=False)[0], dpm_solver(flow, start, [*taus, 1.0], False)
+    )

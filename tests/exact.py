@@ -1,0 +1,100 @@
+"""
+Models that need no training: where the data is a mixture of Gaussians, so is what noise makes of it, and whatever the
+two methods learn can be computed by hand. One component gives closed forms throughout; with several in one dimension
+the flow is known too, for it cannot cross itself: it keeps each point at its quantile.
+"""
+
+import math
+
+import torch
+
+from cfm import ConditionalFlowMatcher, VelocityField
+from ddpm import DenoiseDiffusion
+from sample import Flow
+
+ONE = ((1.0, 0.2, 0.5),)  # weight, mean, standard deviation: of each entry of a picture
+TWO = ((0.3, -0.6, 0.25), (0.7, 0.5, 0.4))
+
+
+def components(mixture, alpha, sigma):
+    """(weight, mean, variance) of each component of alpha data + sigma noise."""
+    return [(w, alpha * m, alpha**2 * s**2 + sigma**2) for w, m, s in mixture]
+
+
+def log_density(mixture, alpha, sigma, x):
+    parts = [
+        math.log(w) - ((x - m) ** 2 / v + torch.log(2 * math.pi * v)) / 2
+        for w, m, v in components(mixture, alpha, sigma)
+    ]
+    return torch.logsumexp(torch.stack(parts), 0)
+
+
+def score(mixture, alpha, sigma, x):
+    """d log density / dx."""
+    parts = components(mixture, alpha, sigma)
+    logs = torch.stack([math.log(w) - ((x - m) ** 2 / v + torch.log(v)) / 2 for w, m, v in parts])
+    return (torch.softmax(logs, 0) * torch.stack([(m - x) / v for _, m, v in parts])).sum(0)
+
+
+def predictions(mixture, alpha, sigma, x):
+    """E[data | x], E[noise | x], by Tweedie's formula: the noise is -sigma times the score."""
+    noise = -sigma * score(mixture, alpha, sigma, x)
+    return (x - sigma * noise) / alpha, noise
+
+
+def wide(t, x):
+    return t.double().reshape(-1, *[1] * (x.dim() - 1))
+
+
+def exact_cfm(mixture, matcher=None):
+    """VelocityField whose model is E[data - noise | x] on the straight path."""
+
+    def v_model(t, x, y=None):
+        t, x = wide(t, x), x.double()
+        noise = -(1 - t) * score(mixture, t, 1 - t, x)
+        slope = score(mixture, t, 1 - t, x)  # data = (x + (1 - t)^2 score) / t, which at t = 0 is its mean
+        data = torch.where(t > 1e-9, (x + (1 - t) ** 2 * slope) / t.clamp(min=1e-9), mean(mixture))
+        return (data - noise).float()
+
+    return VelocityField(v_model, matcher or ConditionalFlowMatcher())
+
+
+def exact_ddpm(mixture, n_steps=1000, **options):
+    """DenoiseDiffusion whose model predicts exactly what it is asked for, at any t, fractions included."""
+    method = DenoiseDiffusion(None, n_steps, **options)
+    taus = Flow(method).taus.double()
+
+    def eps_model(t, x, y=None):
+        low = t.double().floor().long().clamp(max=n_steps - 2)
+        share = t.double() - low
+        tau = wide((1 - share) * taus[low] + share * taus[low + 1], x)
+        alpha, sigma = tau / torch.hypot(tau, 1 - tau), (1 - tau) / torch.hypot(tau, 1 - tau)
+        x0, eps = predictions(mixture, alpha, sigma, x.double())
+        return {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0}[method.prediction].float()
+
+    method.eps_model = eps_model
+    return method
+
+
+def mean(mixture):
+    return sum(w * m for w, m, _ in mixture)
+
+
+def cdf(mixture, tau, x):
+    parts = components(mixture, tau, 1 - tau)
+    return sum(w * torch.special.ndtr((x - m) / math.sqrt(v)) for w, m, v in parts)
+
+
+def transported(mixture, method, noise):
+    """Where the exact flow of draw(method, noise) ends: the last bit, down from the least noise, in one step of ddim."""
+    times = Flow(method).times(2)
+    start, end = times[0], times[-1]
+    quantile = cdf(mixture, start, noise.double() * math.hypot(start, 1 - start))
+    low, high = torch.full_like(quantile, -9), torch.full_like(quantile, 9)
+    for _ in range(80):  # bisection
+        middle = (low + high) / 2
+        below = cdf(mixture, end, middle) < quantile
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    if end < 1:
+        low = predictions(mixture, torch.tensor(end), torch.tensor(1 - end), low)[0]
+    return low

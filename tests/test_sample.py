@@ -1,0 +1,335 @@
+"""The samplers and likelihoods of sample.py, under models known by hand: see exact.py."""
+
+import math
+
+import pytest
+import torch
+from exact import ONE, TWO, cdf, exact_cfm, exact_ddpm, log_density, transported
+
+import sample
+from cfm import ConditionalFlowMatcher, VelocityField
+from ddpm import DenoiseDiffusion
+from sample import Flow, draw, encode, log_likelihood, slerp, solve
+
+NOISE = torch.linspace(-2, 2, 33)[:, None]
+METHODS = {
+    "cfm": lambda: exact_cfm(TWO),
+    "ddpm": lambda: exact_ddpm(TWO),
+    "ddpm cosine": lambda: exact_ddpm(TWO, schedule="cosine"),
+    "ddpm x0": lambda: exact_ddpm(TWO, prediction="x0"),
+    "ddpm v": lambda: exact_ddpm(TWO, prediction="v"),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "sampler, order, steps",
+    [
+        ("euler", 1, (64, 128)),
+        ("ddim", 1, (64, 128)),
+        ("midpoint", 2, (64, 128)),
+        ("heun", 2, (64, 128)),
+        ("dpm++", 2, (128, 256)),
+        ("rk4", 4, (8, 16)),
+    ],
+)
+def test_every_sampler_converges_to_the_exact_flow_at_its_order(name, sampler, order, steps):
+    method = METHODS[name]()
+    expected = transported(TWO, method, NOISE)
+    errors = [
+        (draw(method, NOISE, steps=n, sampler=sampler, clip=False)[0] - expected).abs().max().item()
+        for n in steps
+    ]
+    slope = math.log2(errors[0] / errors[1])
+    # On cfm's even steps in tau, lambda = log(tau / (1 - tau)) has its ends at infinity: order 2 up to a logarithm.
+    slack = 0.45 if (name, sampler) == ("cfm", "dpm++") else 0.7 if sampler == "rk4" else 0.15
+    assert order - slack < slope < order + 0.7 and errors[1] < 0.03, (slope, errors)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_dopri5_keeps_its_tolerance(name):
+    method = METHODS[name]()
+    expected = transported(TWO, method, NOISE)
+    found = []
+    for tolerance in (1e-3, 1e-4, 1e-5, 1e-6):
+        x, evaluations = draw(method, NOISE, sampler="dopri5", atol=tolerance, rtol=tolerance)
+        found.append(((x - expected).abs().max().item(), evaluations))
+    errors, evaluations = zip(*found)
+    assert errors[0] < 0.03 and errors[3] < 2e-4 and errors[3] < errors[1] / 20
+    assert evaluations[0] < evaluations[1] < evaluations[3] < 200
+
+
+def test_dopri5_is_scipys_rk45():
+    """The same problem, one picture, both at the same tolerances: as good, in about as many evaluations."""
+    integrate = pytest.importorskip("scipy.integrate")
+    calls, start = 0, torch.tensor([[1.0, -0.5]])
+
+    def f(t, x):
+        nonlocal calls
+        calls += 1
+        return torch.stack([x[:, 1], 6 * torch.cos(6 * t) * x[:, 0]], 1)
+
+    ours = solve(f, start, [0.0, 2.0], "dopri5", 1e-4, 1e-4)
+    f_numpy = lambda t, x: [x[1], 6 * math.cos(6 * t) * x[0]]  # noqa: E731
+    peer = integrate.solve_ivp(f_numpy, (0, 2), start[0].numpy(), method="RK45", atol=1e-4, rtol=1e-4)
+    exact = integrate.solve_ivp(f_numpy, (0, 2), start[0].numpy(), method="DOP853", atol=1e-12, rtol=1e-12).y[
+        :, -1
+    ]
+    error, error_peer = abs(ours[0].numpy() - exact).max(), abs(peer.y[:, -1] - exact).max()
+    assert error < 3 * error_peer + 1e-5 and error < 5e-3 and calls < 1.5 * peer.nfev
+
+
+def test_dopri5_never_leaves_the_interval_and_ends_at_its_end():
+    for start, end in ((0.0, 1.0), (1.0, 0.0), (0.3, 0.7)):
+        times = []
+
+        def f(t, x):
+            times.append(t)
+            assert t.dtype == x.dtype == torch.float32
+            return torch.cos(20 * t)[:, None] * x
+
+        x = solve(f, torch.randn(5, 3), [start, end], "dopri5")
+        low, high = torch.cat(times).min().item(), torch.cat(times).max().item()
+        assert (
+            x.dtype == torch.float32
+            and low == pytest.approx(min(start, end)) == low
+            and high <= max(start, end)
+        )
+        assert torch.cat(times)[-1] == torch.tensor(end)
+
+
+def test_dopri5_gives_up_on_a_model_that_is_not_finite():
+    with pytest.raises(RuntimeError, match="not finite"):
+        solve(lambda t, x: x / (t[:, None] < 0.5), torch.ones(2, 1), [0.0, 1.0], "dopri5")
+
+
+def test_what_a_picture_becomes_does_not_depend_on_its_batch():
+    method, noise = exact_cfm(TWO), torch.randn(6, 1, 2, 2)
+    together = draw(method, noise, sampler="dopri5")[0]
+    alone = torch.cat([draw(method, noise[i : i + 1], sampler="dopri5")[0] for i in range(6)])
+    assert torch.allclose(together, alone, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "sampler, of_cfm, of_ddpm",
+    [
+        ("euler", 10, 10),
+        ("midpoint", 20, 19),
+        ("heun", 20, 19),
+        ("rk4", 40, 37),
+        ("ddim", 10, 10),
+        ("dpm++", 10, 10),
+    ],
+)
+@pytest.mark.parametrize("guidance", [1, 3])
+def test_evaluations(sampler, of_cfm, of_ddpm, guidance):
+    """Steps means steps. Guidance does not add evaluations, but doubles the batch of each."""
+    batches = []
+
+    def model(t, x, y):
+        batches.append(len(x))
+        assert len(t) == len(y) == len(x)
+        return torch.zeros_like(x)
+
+    y = torch.arange(4)
+    for method, expected in (
+        (VelocityField(model, ConditionalFlowMatcher()), of_cfm),
+        (DenoiseDiffusion(model), of_ddpm),
+    ):
+        batches.clear()
+        _, evaluations = draw(method, torch.randn(4, 1), y, 10, sampler, guidance)
+        assert evaluations == len(batches) == expected and set(batches) == {4 if guidance == 1 else 8}
+
+
+@pytest.mark.parametrize("n_steps, steps, visits", [(1000, 7, 7), (1000, 1, 1), (100, 100, 100), (25, 50, 25)])
+def test_ddim_visits_as_many_times_as_asked_and_there_are(n_steps, steps, visits):
+    times = []
+
+    def eps_model(t, x, y):
+        times.append(t[0].item())
+        return torch.zeros_like(x)
+
+    draw(DenoiseDiffusion(eps_model, n_steps), torch.randn(1, 1), steps=steps, sampler="ddim")
+    assert len(set(times)) == len(times) == visits and times[0] == n_steps - 1
+    assert times == sorted(times, reverse=True) and times == [round(t) for t in times]
+    assert times[-1] == (0 if visits > 1 else n_steps - 1)
+
+
+def test_ddim_is_deterministic_at_eta_0_and_not_at_1():
+    method = exact_ddpm(ONE)
+    for eta, same in ((0, True), (1, False)):
+        a, b = (draw(method, NOISE, steps=10, sampler="ddim", eta=eta)[0] for _ in range(2))
+        assert torch.equal(a, b) is same
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("ddpm", {"sampler": "ancestral"}),
+        ("fixedsmall", {"sampler": "ancestral"}),
+        ("cosine", {"sampler": "ancestral"}),
+        ("ddpm", {"sampler": "ddim", "steps": 200, "eta": 0.5}),
+        ("ddpm", {"sampler": "ddim", "steps": 500, "eta": 1}),
+        ("cfm", {"sampler": "ddim", "steps": 200, "eta": 1}),
+        ("cfm", {"sampler": "ddim", "steps": 200, "eta": 0.5}),
+        ("cfm", {"sampler": "dopri5"}),
+        ("ddpm", {"sampler": "dpm++", "steps": 100}),
+    ],
+)
+def test_samples_have_the_distribution_of_the_data(name, options):
+    """Of 20,000: the largest distance of the empirical cdf from the exact one exceeds 0.0137 once in a thousand."""
+    method = {
+        "ddpm": lambda: exact_ddpm(TWO),
+        "fixedsmall": lambda: exact_ddpm(TWO, variance="fixedsmall"),
+        "cosine": lambda: exact_ddpm(TWO, schedule="cosine"),
+        "cfm": lambda: exact_cfm(TWO),
+    }[name]()
+    torch.manual_seed(0)
+    x = draw(method, torch.randn(20_000, 1), clip=False, **options)[0].flatten().double().sort().values
+    gap = (cdf(TWO, 1.0, x) - (torch.arange(20_000) + 0.5) / 20_000).abs().max()
+    assert gap < 0.02
+
+
+def test_clipping_acts_on_the_prediction_and_the_noise_follows():
+    method, xt, t = (
+        DenoiseDiffusion(lambda t, x, y: torch.zeros_like(x)),
+        torch.full((1, 1), 3.0),
+        torch.tensor([1]),
+    )
+    assert method.p_mean(xt, t, clip=True) < method.p_mean(xt, t) - 0.5
+    for sampler in ("ddim", "dpm++"):
+        assert draw(method, xt, steps=1, sampler=sampler)[0] == 1
+        assert draw(method, xt, steps=1, sampler=sampler, clip=False)[0] > 100
+    z, tau = torch.tensor([0.3, 2.0]), 0.6
+    data, noise = sample.predictions(tau, z, torch.tensor([0.1, 3.0]), True)
+    assert data.tolist() == pytest.approx([0.34, 1]) and torch.allclose(tau * data + (1 - tau) * noise, z)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "options", [{"sampler": "rk4", "steps": 40}, {"sampler": "dopri5", "atol": 1e-5, "rtol": 1e-5}]
+)
+def test_to_noise_and_back(name, options):
+    method, x = METHODS[name](), torch.linspace(-1, 1, 20).reshape(5, 1, 2, 2)
+    noise = encode(method, x, **options)
+    assert (draw(method, noise, **options)[0] - x).abs().max() < 2e-3 < (noise - x).abs().max()
+
+
+@pytest.mark.parametrize("options", [{"sampler": "rk4", "steps": 30}, {"atol": 1e-6, "rtol": 1e-6}])
+def test_likelihood_of_a_gaussian_is_exact_to_three_digits(options):
+    x = torch.tensor([[0.2, 0.5, -0.3], [1.0, 0.0, 0.4], [-2.0, 1.5, 0.2]])
+    one = torch.tensor(1.0, dtype=torch.float64)
+    expected = log_density(ONE, one, 0 * one, x.double()).sum(1)
+    found, evaluations = log_likelihood(exact_cfm(ONE), x, **options)
+    assert torch.allclose(found.double(), expected, rtol=5e-4) and evaluations > 30
+
+
+def test_likelihood_of_a_mixture_and_hutchinsons_estimate():
+    """In one dimension, or for independent ones, +-1 probes give the exact trace; for others the mean does."""
+    x = torch.linspace(-1, 1, 11)[:, None]
+    one = torch.tensor(1.0, dtype=torch.float64)
+    expected = log_density(TWO, one, 0 * one, x.double()).sum(1)
+    for probe in (None, torch.ones_like(x)):
+        found, _ = log_likelihood(exact_cfm(TWO), x, steps=60, sampler="rk4", probe=probe)
+        assert torch.allclose(found.double(), expected, atol=2e-3)
+
+    torch.manual_seed(0)
+    mix = torch.randn(3, 3) / 2
+
+    def linear(t, x, y):  # dx/dt = x mix, of which the divergence is the trace, whatever x and t
+        return x @ mix
+
+    method, x = VelocityField(linear, ConditionalFlowMatcher()), torch.randn(1, 3).expand(4000, 3)
+    exact = log_likelihood(method, x[:1], sampler="rk4")[0]
+    probes = torch.randn(4000, 3).sign()
+    estimates = log_likelihood(method, x, sampler="rk4", probe=probes)[0]
+    by_hand = (probes * (probes @ mix.T)).sum(1)  # each probe stays the same all along, so its error is this
+    assert torch.allclose(estimates - exact, by_hand.neg() + mix.trace(), atol=1e-3)
+    assert (estimates.mean() - exact).abs() < 4 * estimates.std() / 4000**0.5
+
+
+@pytest.mark.parametrize("variance", ["fixedlarge", "fixedsmall"])
+@pytest.mark.parametrize("schedule, n_steps", [("linear", 1000), ("cosine", 200)])
+def test_bound_of_a_gaussian_is_exact_to_three_digits(variance, schedule, n_steps):
+    """
+    With the exact model, each gap between the means is the x0 coefficient of the posterior mean times x0 - E[x0 | xt],
+    whose variance has a closed form. L_0 is an integral over x1 for each of the 256 levels.
+    """
+    m, s = 0.1, 0.2
+    method = exact_ddpm(((1.0, m, s),), n_steps, schedule=schedule, variance=variance)
+    quantiles = (torch.arange(2**14, dtype=torch.float64) + 0.5) / 2**14
+    normal = torch.special.ndtri(quantiles)  # 16,384 of them, spread evenly: shuffled, they average well
+    levels = (((m + s * normal) * 127.5 + 127.5).round().clamp(0, 255) / 127.5 - 1).float()
+    torch.manual_seed(0)
+    found = method.bound(levels[:, None], randn=lambda x: normal[torch.randperm(len(x))][:, None].float())
+    found = [v.double().mean().item() for v in found]
+
+    if schedule == "linear":
+        beta = torch.linspace(1e-4, 0.02, n_steps, dtype=torch.float64)
+    else:
+        f = torch.cos((torch.arange(n_steps + 1) / n_steps + 0.008).double() / 1.008 * math.pi / 2) ** 2
+        beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    bar = (1 - beta).cumprod(0)
+    prev = torch.cat([torch.ones(1), bar[:-1]])
+    tilde = beta * (1 - prev) / (1 - bar)
+    var = beta if variance == "fixedlarge" else tilde
+    prior = (bar[-1] * (m**2 + s**2) + (1 - bar[-1]) - 1 - (1 - bar[-1]).log()) / 2
+    rest = s**2 * (1 - bar) / (bar * s**2 + 1 - bar)  # Var(x0 | xt)
+    gap = (prev.sqrt() * beta / (1 - bar)) ** 2 * rest
+    between = ((tilde / var + gap / var - 1 + (var / tilde).log()) / 2)[1:].sum()
+
+    std = (beta[0] if variance == "fixedlarge" else tilde[1]).sqrt()
+    x0, count = levels.double().unique(return_counts=True)
+    eps = torch.linspace(-8, 8, 4001, dtype=torch.float64)
+    weight = torch.exp(-(eps**2) / 2)
+    x1 = bar[0].sqrt() * x0[:, None] + (1 - bar[0]).sqrt() * eps
+    guess = m + bar[0].sqrt() * s**2 / (bar[0] * s**2 + 1 - bar[0]) * (x1 - bar[0].sqrt() * m)
+    low, high = ((x0[:, None] + side / 255 - guess.clamp(-1, 1)) / std for side in (-1, 1))
+    probability = torch.special.ndtr(high) - torch.special.ndtr(low)
+    decoder = -(probability.clamp(min=1e-300).log() * weight).sum(1) / weight.sum()
+    decoder = (decoder * count).sum() / count.sum()
+    expected = [v.item() / math.log(2) for v in (prior, between, decoder)]
+    assert sum(found) == pytest.approx(sum(expected), rel=1e-3)
+    assert found == pytest.approx(expected, rel=3e-3, abs=1e-5)
+
+
+def test_the_decoder_of_the_bound_sums_to_one_and_has_no_holes():
+    """Over the 256 levels the probabilities add up to 1; far from the mean they are tiny, but never 0."""
+    method = DenoiseDiffusion(lambda t, x, y: x * 0, variance="fixedlarge")
+    levels = (torch.arange(256) / 127.5 - 1)[:, None]
+    for guess in (0.0, -1.0, 0.3, 1.0):
+        method.p_mean = lambda xt, *args, guess=guess, **kwargs: torch.full_like(xt, guess)
+        bits = method.bound(levels)[2].double()
+        assert torch.isfinite(bits).all() and (2**-bits).sum().item() == pytest.approx(1, abs=1e-4)
+        assert bits.max() > 1000
+
+
+def test_slerp_keeps_noise_noise():
+    a, b = torch.randn(2, 1, 64, 64)
+    assert torch.equal(slerp(a, b, 0), a) and torch.allclose(slerp(a, b, 1), b, atol=1e-6)
+    for share in (0.25, 0.5, 0.75):
+        assert slerp(a, b, share).std().item() == pytest.approx(1, abs=0.05)
+        assert ((1 - share) * a + share * b).std().item() < 0.85
+
+
+def test_flow_reads_ddpm_at_its_own_times():
+    """At the taus of its own t the eps model is asked for exactly these, and Euler's step is ddim's formula."""
+    seen = {}
+
+    def eps_model(t, x, y):
+        seen.update(t=t, x=x)
+        return torch.sin(3 * x)
+
+    method = DenoiseDiffusion(eps_model, 1000)
+    t, s = torch.tensor([0, 1, 500, 999]), torch.tensor([0, 0, 400, 900])
+    flow, x0, eps = Flow(method), torch.rand(4, 3), torch.randn(4, 3)
+    xt = method.q_sample(x0, t, eps)
+    alpha, sigma = method.alpha_sigma(t, xt)
+    tau, tau_s = flow.taus[t], flow.taus[s][:, None]
+    z = xt / (alpha + sigma)
+    z_s = z + (tau_s - tau[:, None]) * flow(tau, z)
+    assert torch.equal(seen["t"], t.float()) and torch.allclose(seen["x"], xt, atol=1e-5)
+    alpha_s, sigma_s = method.alpha_sigma(s, xt)
+    out = torch.sin(3 * xt)
+    expected = alpha_s * (xt - sigma * out) / alpha + sigma_s * out
+    assert torch.allclose(z_s * (alpha_s + sigma_s), expected, atol=2e-4)
