@@ -155,21 +155,26 @@ class Flow:
         if hasattr(method, "alpha_bar"):                                      # DenoiseDiffusion: tau for each of its t
             self.taus = 1 / (1 + (method.one_minus_alpha_bar / method.alpha_bar).sqrt())
 
-    def times(self, steps):
-        """Where a sampler of so many steps asks: from noise to data, or to the least noise that the model has seen."""
+    def times(self, steps, sampler="heun"):
+        """
+        Where a sampler of so many steps asks, from noise to data. DenoiseDiffusion has never seen data without noise: its
+        last step is ddim's, a long one if all are, else, for methods that look ahead, from the least noise it has seen.
+        """
         if self.taus is None:
             return [i / steps for i in range(steps + 1)]
-        return self.taus[torch.linspace(len(self.taus) - 1, 0, min(steps, len(self.taus))).round().long()].tolist()
+        n, steps = len(self.taus), min(steps, len(self.taus))
+        last = n / steps - 1 if sampler in ("euler", "ddim", "dpm++") else 0
+        return self.taus[torch.linspace(n - 1, last, steps).round().long()].tolist()
 
     def count(self, tau):
         self.evaluations += 1
         if time.time() - self.told > 10:
-            print(f"at {tau:.0%} of the way, after {self.evaluations} evaluations", flush=True)
+            print(f"at {float(torch.as_tensor(tau).min()):.0%} of the way, {self.evaluations} evaluations", flush=True)
             self.told = time.time()
 
     def __call__(self, tau, z):
-        tau = tau if torch.is_tensor(tau) else torch.full((len(z),), tau, device=z.device)
-        self.count(tau.min().item())
+        tau = tau.float() if torch.is_tensor(tau) else torch.full((len(z),), float(tau), device=z.device)
+        self.count(tau)
         if self.taus is None:
             return self.method.velocity(tau, z, self.y, self.guidance)
         i = torch.searchsorted(-self.taus, -tau).clamp(1, len(self.taus) - 1)
@@ -186,7 +191,7 @@ def draw(method, noise, y=None, steps=10, sampler="heun", guidance=1.0, eta=0.0,
     """
     From noise (B, *dim) to (pictures (B, *dim) in about [-1, 1], number of evaluations of the model). y: labels (B,) or
     None. randn(x) draws the noise that ancestral sampling and eta add. Evaluations a step: midpoint and heun 2, rk4 4,
-    all others 1; so has the last step of a model that has never seen data without noise, which is ddim's.
+    all others 1, and so has the last step of DenoiseDiffusion, see Flow.times().
     """
     v = Flow(method, y, guidance)
     if sampler == "ancestral":                                                # Ho et al., Algorithm 2
@@ -195,7 +200,7 @@ def draw(method, noise, y=None, steps=10, sampler="heun", guidance=1.0, eta=0.0,
             v.count(1 - t / method.n_steps)
             x = method.p_sample(x, torch.full((len(x),), t, device=x.device), y, guidance, clip, randn(x))
         return x, v.evaluations
-    taus = v.times(steps)
+    taus = v.times(steps, sampler)
     z = noise * math.hypot(taus[0], 1 - taus[0])
     end = [1.0] if taus[-1] < 1 else []
     if sampler == "ddim":
@@ -210,19 +215,21 @@ def draw(method, noise, y=None, steps=10, sampler="heun", guidance=1.0, eta=0.0,
 def encode(method, x, y=None, steps=10, sampler="heun", atol=1e-4, rtol=1e-4):
     """The noise that draw(), with the same arguments, makes the pictures x of: the flow run backwards."""
     v = Flow(method, y)
-    taus = v.times(steps)[::-1]
+    taus = v.times(steps, sampler)[::-1]
     z = x - (1 - taus[0]) * v(taus[0], x) if taus[0] < 1 else x
     return solve(v, z, taus, sampler, atol, rtol) / math.hypot(taus[-1], 1 - taus[-1])
 
 
 def log_likelihood(method, x, y=None, steps=10, sampler="dopri5", atol=1e-4, rtol=1e-4, probe=None):
     """
-    (log p(x) in nats (B,), number of evaluations), for pictures x (B, *dim) under the flow, which starts from N(0, I) at tau = 0 and along which
-        d log p / dtau = -div v                      (Chen et al. 2018, arXiv 1806.07366, theorem 1).
-    The divergence is exact, at the cost of *dim gradients, or with probe, like x and of entries 1 and -1, Hutchinson's
-    estimate probe . (dv / dz probe) (Grathwohl et al. 2018, arXiv 1810.01367, eq. 7), the same all along the way.
+    (log p(x) in nats (B,), number of evaluations) for pictures x (B, *dim) under cfm's flow, which starts from N(0, I) at
+    tau = 0, and along which d log p / dtau = -div v (Chen et al. 2018, arXiv 1806.07366, theorem 1). The divergence is
+    exact, at the cost of *dim gradients, or with a probe like x, of entries 1 and -1, Hutchinson's estimate
+    probe . (dv / dz probe), the probe being the same all along (Grathwohl et al. 2018, arXiv 1810.01367, section 3.1).
     """
     v = Flow(method, y)
+    if v.taus is not None:
+        raise ValueError("this is for a VelocityField: a DenoiseDiffusion has its bound()")
 
     def f(tau, state):                                                        # (B, 1 + D): divergence so far, and z
         with torch.enable_grad():
@@ -272,6 +279,12 @@ if __name__ == "__main__":
         fail(f"--eta={eta} goes with --sampler=ddim, not with {sampler}")
     if task == "likelihood" and script is ddpm and (not auto or steps):
         fail("--task=likelihood of ddpm is the bound, over all its steps: leave out --sampler and --steps")
+    if sampler == "dopri5" and steps:
+        fail(f"--steps={steps}: dopri5 takes as many as --atol and --rtol need")
+    if exact and (task != "likelihood" or script is ddpm):
+        fail("--exact goes with --task=likelihood of cfm")
+    if task == "likelihood" and save != "auto":
+        fail(f"--save={save}: a likelihood is printed, not saved")
     if labels and real:
         fail(f"--labels: to {task} held-out pictures, their own labels are used")
     if labels and max(labels) >= num_classes:
@@ -310,7 +323,7 @@ if __name__ == "__main__":
     print(f"{task} {n_samples} pictures by {script.METHOD}, iteration {checkpoint['iteration']}: {how}, "
           f"guidance {guidance}, on {device}", flush=True)
 
-    pictures, bits, start = np.empty((n_samples, H, W, C), np.uint8), [], time.time()
+    pictures, bits, spent, start = np.empty((n_samples, H, W, C), np.uint8), [], [], time.time()
     for i in range(0, n_samples, batch_size):
         numbers, label = range(n_samples)[i:i + batch_size], y[i:i + batch_size].to(device)
         sources = [torch.Generator().manual_seed(hash((seed, n))) for n in numbers]            # one for each picture
@@ -321,13 +334,14 @@ if __name__ == "__main__":
         x = (x_val[i:i + len(label)].float() if real else torch.empty(len(label), C, H, W)).to(device)
         if bound:
             bits.append(torch.stack(method.bound(x / 127.5 - 1, label, randn)).cpu())
-            evaluations = method.n_steps
+            spent.append(method.n_steps)
         elif task == "likelihood":
             u = torch.stack([torch.rand(C, H, W, generator=source) for source in sources]).to(device)
             nats, evaluations = log_likelihood(method, (x + u - 0.5) / 127.5 - 1, label, steps, sampler, atol, rtol,
                                                None if exact else randn(x).sign())
             # a level is 1 / 127.5 wide, so the probability of one is the density times that for each of C H W values
             bits.append(math.log2(127.5) - nats[None].cpu() / (C * H * W * math.log(2)))
+            spent.append(evaluations)
         else:
             noise = randn(x)
             if task == "reconstruct":
@@ -337,12 +351,13 @@ if __name__ == "__main__":
                          for end in (0, 1)] for n in numbers]
                 noise = torch.stack([slerp(a, b, n % 10 / 9) for n, (a, b) in zip(numbers, ends)]).to(device)
             x, evaluations = draw(method, noise, label, steps, sampler, guidance, eta, clip, atol, rtol, randn)
+            spent.append(evaluations)
             x = (x * 127.5 + 127.5).round().clip(0, 255).byte()
             pictures[i:i + batch_size] = x.permute(0, 2, 3, 1).cpu().numpy()
         if i + batch_size < n_samples:
             done = i + batch_size
             print(f"{done} done, {(time.time() - start) / done * (n_samples - done) / 60:.1f} min left", flush=True)
-    took = f"{time.time() - start:.1f} s, {evaluations} evaluations of the model{' forth' * (task == 'reconstruct')}"
+    took = f"{time.time() - start:.1f} s, {max(spent)} evaluations of the model{' each way' * (task == 'reconstruct')}"
 
     if task == "likelihood":
         bits = torch.cat(bits, 1)                                             # (terms, n_samples)

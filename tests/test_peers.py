@@ -185,13 +185,14 @@ def test_diffusers_dpm_solver(diffusers, schedule, prediction, steps):
         diffusers.DPMSolverMultistepScheduler,
         schedule,
         prediction,
+        timestep_spacing="trailing",
         beta_start=1e-4,
         beta_end=0.02,
         thresholding=False,
     )
     flow = Flow(ours)
-    taus = flow.times(steps)
-    peer.set_timesteps(timesteps=torch.linspace(999, 0, steps).round().tolist())
+    taus = flow.times(steps, "dpm++")
+    peer.set_timesteps(steps)
     theirs = x
     for t in peer.timesteps:
         theirs = peer.step(network(theirs, t.repeat(2)), t, theirs).prev_sample
