@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torchvision.utils import save_image
 
-from configurator import (choose_machine, configure, explained, fail, load_checkpoint, load_data, resume,
-                          save_checkpoint, start_log, stop_signals)
+from configurator import (choose_machine, configure, explained, fail, first_process_first, join_processes,
+                          load_checkpoint, load_data, resume, save_checkpoint, start_run, stop_signals)
 from unet import UNet
 
 # ------------------------------------------------------------------------------------------------------------
@@ -150,45 +150,32 @@ class ExactOptimalTransportConditionalFlowMatcher(ConditionalFlowMatcher):
 
 
 class TargetConditionalFlowMatcher(ConditionalFlowMatcher):
-    """Lipman et al., eq. 20 to 23: from N(0, I), whatever x0, to N(x1, sigma^2)."""
-
-    def compute_mu_t(self, x0, x1, t):
-        return wide(t, x1) * x1
-
-    def compute_sigma_t(self, t):
-        return 1 - (1 - self.sigma) * t
-
+    """Lipman et al., eq. 20 and 21: from N(0, I), whatever x0, to N(x1, sigma^2)."""
+    def compute_mu_t(self, x0, x1, t): return wide(t, x1) * x1
+    def compute_sigma_t(self, t): return 1 - (1 - self.sigma) * t
     def compute_conditional_flow(self, x0, x1, t, xt):
         return (x1 - (1 - self.sigma) * xt) / (1 - (1 - self.sigma) * wide(t, x1))
 
 
 class VariancePreservingConditionalFlowMatcher(ConditionalFlowMatcher):
-    """Albergo & Vanden-Eijnden 2023 (arXiv 2209.15571): along a quarter of a circle, constant in variance."""
-
+    """Albergo & Vanden-Eijnden 2022 (arXiv 2209.15571): along a quarter of a circle, constant in variance."""
     def compute_mu_t(self, x0, x1, t):
-        t = wide(t, x0)
-        return torch.cos(math.pi / 2 * t) * x0 + torch.sin(math.pi / 2 * t) * x1
-
+        return torch.cos(math.pi / 2 * wide(t, x0)) * x0 + torch.sin(math.pi / 2 * wide(t, x0)) * x1
     def compute_conditional_flow(self, x0, x1, t, xt):
-        t = wide(t, x0)
-        return math.pi / 2 * (torch.cos(math.pi / 2 * t) * x1 - torch.sin(math.pi / 2 * t) * x0)
+        return math.pi / 2 * (torch.cos(math.pi / 2 * wide(t, x0)) * x1 - torch.sin(math.pi / 2 * wide(t, x0)) * x0)
 
 
 class SchrodingerBridgeConditionalFlowMatcher(ExactOptimalTransportConditionalFlowMatcher):
-    """Tong et al., SB-CFM: Brownian bridges of variance sigma^2 t (1 - t) between the pairs of OT-CFM."""
+    """Tong et al., SB-CFM: Brownian bridges of variance sigma^2 t (1 - t) between the pairs of OT-CFM. sigma > 0"""
     margin = 1e-3                # the velocity grows without bound at both ends
-
     def __init__(self, sigma=1.0):
         if sigma <= 0:
             raise ValueError(f"a Schroedinger bridge needs a sigma above 0, such as 0.5, but it is {sigma}")
         super().__init__(sigma)
-
-    def compute_sigma_t(self, t):
-        return self.sigma * torch.sqrt(t * (1 - t))
-
+    def compute_sigma_t(self, t): return self.sigma * torch.sqrt(t * (1 - t))
     def compute_conditional_flow(self, x0, x1, t, xt):
-        t, mu = wide(t, x0), self.compute_mu_t(x0, x1, t)
-        return (1 - 2 * t) / (2 * t * (1 - t) + 1e-8) * (xt - mu) + x1 - x0
+        growth = (1 - 2 * wide(t, x0)) / (2 * wide(t, x0) * (1 - wide(t, x0)) + 1e-8)         # sigma_t' / sigma_t
+        return growth * (xt - self.compute_mu_t(x0, x1, t)) + x1 - x0
 
 
 PATHS = {"icfm": ConditionalFlowMatcher, "ot": ExactOptimalTransportConditionalFlowMatcher,
@@ -229,6 +216,8 @@ def build(model, config, device):
 
     if config["path"] in ("target", "vp") and config["sampler"] in ("ddim", "dpm++"):
         raise ValueError(f"--sampler={config['sampler']} is for straight paths, not for --path={config['path']}")
+    if config.get("eta") and config["path"] != "icfm":
+        raise ValueError(f"--eta={config['eta']} renews noise that --path={config['path']} has paired with the data")
     if config["path"] in ("ot", "sb") and not find_spec("scipy"):
         raise ValueError(f"--path={config['path']} pairs noise and data with scipy: pip install scipy")
     return VelocityField(model, PATHS[config["path"]](config["sigma"]), config["t_sampling"])
@@ -267,18 +256,11 @@ if __name__ == "__main__":
     # device, precision, processes
     device, dtype, compile = choose_machine(device, dtype, compile)
     autocast = torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled=dtype != "float32")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))           # set by torchrun
-    if world > 1:
-        dist.init_process_group("nccl" if "cuda" in device else "gloo")
-        cpu_group = dist.new_group(backend="gloo")
+    rank, world, cpu_group = join_processes(device)
 
     # data: all of it on the device, as uint8
-    if rank > 0:
-        dist.barrier(cpu_group)                                               # the first process downloads
-    with explained(f"--dataset={dataset}: "):
+    with explained(f"--dataset={dataset}: "), first_process_first(rank, cpu_group):
         splits = load_data(dataset, data_dir, image_size, conditional)
-    if rank == 0 and world > 1:
-        dist.barrier(cpu_group)                                               # the others find it done
     (x_train, y_train), (x_val, y_val) = [(x.to(device), y.to(device)) for x, y in splits]
     num_classes = int(max(y_train.max(), y_val.max())) + 1
     if guidance != 1 and not num_classes:
@@ -317,10 +299,7 @@ if __name__ == "__main__":
     pictures_per_iter = batch_size * gradient_accumulation_steps * world
     if rank == 0:
         with explained(f"--out_dir={out_dir}: "):
-            Path(out_dir).mkdir(parents=True, exist_ok=True)
-            start_log(log_path, it, "iteration,loss,learning_rate,pictures_per_s,held_out,quarter1,quarter2,quarter3,quarter4")
-        if init_from == "scratch":
-            ckpt_path.unlink(missing_ok=True)                                 # as --overwrite asked for
+            start_run(ckpt_path, log_path, init_from, it)
         print(f"{METHOD} on {dataset}: {len(x_train)} pictures of {tuple(x_val.shape[1:])}, {num_classes} classes\n"
               f"{sum(p.numel() for p in model.parameters()):,} parameters, "
               f"{ema.flops(x_val[:1]) / 1e6:.1f} MFLOP a picture in a forward pass\n"

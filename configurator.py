@@ -30,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageOps
 from torchvision import datasets
 from torchvision.transforms.functional import resize
@@ -169,10 +170,15 @@ def save_checkpoint(path, **content):
     os.replace(f"{path}.tmp", path)
 
 
-def start_log(path, iteration, header):
-    """A CSV file of that header, and of the rows up to that iteration which are there already."""
-    rows = path.read_text().splitlines()[1:] if iteration and path.exists() else []
-    path.write_text("\n".join([header, *(row for row in rows if int(row.split(",")[0]) <= iteration), ""]))
+def start_run(ckpt_path, log_path, init_from, iteration):
+    """Makes the folder, in which a run from scratch leaves no older checkpoint; the log goes on after that iteration."""
+    ckpt_path.parent.mkdir(parents=True, exist_ok=True)
+    rows = ["iteration,loss,learning_rate,pictures_per_s,held_out,quarter1,quarter2,quarter3,quarter4"]
+    if init_from == "scratch":
+        ckpt_path.unlink(missing_ok=True)
+    elif log_path.exists():
+        rows += [row for row in log_path.read_text().splitlines()[1:] if int(row.split(",")[0]) <= iteration]
+    log_path.write_text("\n".join([*rows, ""]))
 
 
 def stop_signals():
@@ -207,6 +213,25 @@ def choose_machine(device="auto", dtype="auto", compile="auto"):
     if dtype == "auto":
         dtype = "float32" if not cuda else "bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float16"
     return device, dtype, cuda if compile == "auto" else compile
+
+
+def join_processes(device):
+    """(this process's rank, their number, a group of them for tensors on the CPU), as torchrun set them up, or alone."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return 0, 1, None
+    dist.init_process_group("nccl" if "cuda" in device else "gloo")
+    return rank, world, dist.new_group(backend="gloo")
+
+
+@contextlib.contextmanager
+def first_process_first(rank, group):
+    """The first process does the block alone, and downloads, say; then the others do it, and find that done."""
+    if group and rank > 0:
+        dist.barrier(group)
+    yield
+    if group and rank == 0:
+        dist.barrier(group)
 
 
 MNIST_MD5 = {"train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",

@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 from torchvision.utils import save_image
 
-from configurator import (choose_machine, configure, explained, fail, load_checkpoint, load_data, resume,
-                          save_checkpoint, start_log, stop_signals)
+from configurator import (choose_machine, configure, explained, fail, first_process_first, join_processes,
+                          load_checkpoint, load_data, resume, save_checkpoint, start_run, stop_signals)
 from unet import UNet
 
 # ------------------------------------------------------------------------------------------------------------
@@ -239,18 +239,11 @@ if __name__ == "__main__":
     # device, precision, processes
     device, dtype, compile = choose_machine(device, dtype, compile)
     autocast = torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled=dtype != "float32")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))           # set by torchrun
-    if world > 1:
-        dist.init_process_group("nccl" if "cuda" in device else "gloo")
-        cpu_group = dist.new_group(backend="gloo")
+    rank, world, cpu_group = join_processes(device)
 
     # data: all of it on the device, as uint8
-    if rank > 0:
-        dist.barrier(cpu_group)                                               # the first process downloads
-    with explained(f"--dataset={dataset}: "):
+    with explained(f"--dataset={dataset}: "), first_process_first(rank, cpu_group):
         splits = load_data(dataset, data_dir, image_size, conditional)
-    if rank == 0 and world > 1:
-        dist.barrier(cpu_group)                                               # the others find it done
     (x_train, y_train), (x_val, y_val) = [(x.to(device), y.to(device)) for x, y in splits]
     num_classes = int(max(y_train.max(), y_val.max())) + 1
     if guidance != 1 and not num_classes:
@@ -289,10 +282,7 @@ if __name__ == "__main__":
     pictures_per_iter = batch_size * gradient_accumulation_steps * world
     if rank == 0:
         with explained(f"--out_dir={out_dir}: "):
-            Path(out_dir).mkdir(parents=True, exist_ok=True)
-            start_log(log_path, it, "iteration,loss,learning_rate,pictures_per_s,held_out,quarter1,quarter2,quarter3,quarter4")
-        if init_from == "scratch":
-            ckpt_path.unlink(missing_ok=True)                                 # as --overwrite asked for
+            start_run(ckpt_path, log_path, init_from, it)
         print(f"{METHOD} on {dataset}: {len(x_train)} pictures of {tuple(x_val.shape[1:])}, {num_classes} classes\n"
               f"{sum(p.numel() for p in model.parameters()):,} parameters, "
               f"{ema.flops(x_val[:1]) / 1e6:.1f} MFLOP a picture in a forward pass\n"
