@@ -63,7 +63,7 @@ seed = 1337                  # every draw is a function of seed, iteration and m
 # the method, and the grids drawn with it
 out_dir = "out/cfm"
 path = "icfm"                # from noise to data: icfm, ot, target, vp or sb, see the classes below
-sigma = 0.0                  # width of the path around its mean; sb needs one, such as 0.5
+sigma = 0.0                  # width of the path around its mean; sb needs one, such as 0.5. Samples start from N(0, 1)
 t_sampling = "uniform"       # times to train at; logit_normal: more of them half way
 sampler = "heun"             # or euler, midpoint, rk4, dopri5, ddim, dpm++: see sample.py
 sample_steps = 10            # midpoint and heun take 2 evaluations of the model each, rk4 4
@@ -214,11 +214,11 @@ def build(model, config, device):
     """The method around a UNet. ValueError for options that do not go together."""
     from importlib.util import find_spec
 
-    if config["path"] in ("target", "vp") and config["sampler"] in ("ddim", "dpm++"):
+    if config["path"] in ("vp", "sb") and config["sampler"] in ("ddim", "dpm++"):
         raise ValueError(f"--sampler={config['sampler']} is for straight paths, not for --path={config['path']}")
-    if config.get("eta") and config["path"] != "icfm":
-        raise ValueError(f"--eta={config['eta']} renews noise that --path={config['path']} has paired with the data")
-    if config["path"] in ("ot", "sb") and not find_spec("scipy"):
+    if config.get("eta") and (config["path"] != "icfm" or config["sigma"]):
+        raise ValueError(f"--eta={config['eta']} renews noise, which only --path=icfm with --sigma=0 keeps by itself")
+    if config["path"] in ("ot", "sb") and "eta" not in config and not find_spec("scipy"):      # sample.py has an eta
         raise ValueError(f"--path={config['path']} pairs noise and data with scipy: pip install scipy")
     return VelocityField(model, PATHS[config["path"]](config["sigma"]), config["t_sampling"])
 

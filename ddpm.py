@@ -67,7 +67,7 @@ out_dir = "out/ddpm"
 n_steps = 1000               # T, the number of noising steps
 schedule = "linear"          # of beta, as Ho et al.; cosine: of alpha_bar, as Nichol & Dhariwal
 prediction = "eps"           # what the model is asked for: eps, x0, or v, which is a bit of both
-weighting = "simple"         # mean square error of that; min_snr: less weight where there is little noise
+weighting = "simple"         # mean square error of that; min_snr: the error in x0 counts min(snr, 5)
 variance = "fixedlarge"      # of an ancestral step: beta; fixedsmall: beta~, that of q(x_{t-1} | x_t, x_0)
 sampler = "ddim"             # or ancestral, dpm++, euler, midpoint, heun, rk4, dopri5: see sample.py
 sample_steps = 50            # at most n_steps; ancestral takes all, dopri5 as many as it needs
@@ -107,7 +107,7 @@ class DenoiseDiffusion:
         alpha, alpha_bar = 1 - beta, (1 - beta).cumprod(0)
         prev = torch.cat([torch.ones(1), alpha_bar[:-1]])         # alpha_bar of the step before: at first, no noise
         beta_tilde = beta * (1 - prev) / (1 - alpha_bar)          # variance of q(x_{t-1} | x_t, x_0), eq. 7
-        beta_tilde[0] = beta_tilde[1]                             # not 0, for the decoder in the bound
+        beta_tilde[0] = beta_tilde[1]                             # not 0, which the decoder in the bound cannot have
         snr = alpha_bar / (1 - alpha_bar)
         weight = torch.ones_like(snr)
         if weighting == "min_snr":           # Hang et al. 2023 (arXiv 2303.09556): the error of x0 weighs min(snr, 5)
@@ -187,12 +187,13 @@ class DenoiseDiffusion:
             if t[0] > 0:
                 gap = self.q_posterior_mean(xt, t, x0) - mean
                 between = between + (var_q / var + gap.square() / var - 1 + (var / var_q).log()) / 2
-        edges = [((x0 + side / 255 - mean) / var.sqrt()).double() for side in (-1, 1)]       # of the level of x0
+        x0, mean, std = (v.cpu().double() for v in (x0, mean, var.sqrt()))
+        edges = [(x0 + side / 255 - mean) / std for side in (-1, 1)]                         # of the level of x0
         low, high = edges[0].masked_fill(x0 < -0.999, -math.inf), edges[1].masked_fill(x0 > 0.999, math.inf)
         low, high = torch.where(low > 0, -high, low), torch.where(low > 0, -low, high)       # precise in that tail
         low, high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
         decoder = -(high + torch.log1p(-torch.exp(low - high)))                              # -log(Phi(high) - Phi(low))
-        return [nats.flatten(1).mean(1).float() / math.log(2) for nats in (prior, between, decoder)]
+        return [nats.flatten(1).mean(1).float().cpu() / math.log(2) for nats in (prior, between, decoder)]
 
 
 def at(table, t, x):

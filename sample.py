@@ -15,6 +15,7 @@ prediction of the data, z + (1 - tau) v, and that of the noise, z - tau v.
 
 The same seed gives the same pictures, whatever the batch_size, up to rounding.
 """
+import importlib
 import math
 import os
 import time
@@ -35,10 +36,12 @@ task = "draw"                # interpolate: go from one noise to another in each
                              # to noise and back; likelihood: bits/dim of held-out pictures, ddpm's by the bound
 n_samples = 100
 save = "auto"                # .png: a grid; .npz: arr_0 uint8 (N, H, W, C), arr_1 labels (N,); else a folder
-sampler = "auto"             # euler, midpoint, heun, rk4, dopri5, ddim, dpm++, ancestral; auto: as the run drew its grids
-steps = 0                    # 0: as many as the run drew its grids with; ancestral takes all, dopri5 what it needs
-eta = 0.0                    # noise in a step of ddim: from 0, none, to 1, as much as in ancestral sampling
-clip = True                  # ddim, dpm++, ancestral: keep each prediction of the picture within [-1, 1]
+sampler = "auto"             # euler, midpoint, heun, rk4, dopri5, ddim, dpm++, ancestral; auto: as the run drew its grids,
+                             # but rk4 to reconstruct and dopri5 for a likelihood
+steps = 0                    # 0: as many as the run drew its grids with, 20 to reconstruct; ancestral takes all, dopri5 what
+                             # it needs
+eta = 0.0                    # noise in a step of ddim: from 0, none, to 1, as in ancestral sampling with fixedsmall
+clip = True                  # keep each prediction of the picture within [-1, 1]; with cfm, only ddim and dpm++ make any
 atol = 1e-4                  # error that dopri5 allows in a step, absolute
 rtol = 1e-4                  # and relative
 exact = False                # likelihood of cfm: the exact divergence, for pictures of few pixels; false: an estimate
@@ -84,8 +87,8 @@ def solve(f, x, times, sampler, atol=1e-4, rtol=1e-4):
 def dopri5(f, x, start, end, atol, rtol):
     """
     Adaptive steps, of each picture's own length, so that it does not matter which others are in the batch. A step's
-    error is estimated from two orders; if its mean square is too large the step is taken again, shorter. RuntimeError
-    if that does not help.
+    error is estimated from two orders; if its mean square is too large the step is taken again, shorter.
+    FloatingPointError if that does not help.
     """
     h = torch.full((len(x),), (end - start) / 20, device=x.device, dtype=x.dtype)
     t = torch.full_like(h, start)
@@ -104,7 +107,7 @@ def dopri5(f, x, start, end, atol, rtol):
         x, first = torch.where(wide(good, x), xs, x), torch.where(wide(good, x), k[-1], first)
         t, h = torch.where(good, ts, t), h * (0.9 * error ** -0.2).clamp(0.2, 5).nan_to_num(0.2)
         if (h[t != end].abs() < 1e-6 * abs(end - start)).any():
-            raise RuntimeError("dopri5 cannot go on: the model is not finite, or atol and rtol are too small")
+            raise FloatingPointError("dopri5 cannot go on: the model is not finite, or atol and rtol are too small")
     return x
 
 
@@ -130,8 +133,8 @@ def ddim(v, z, taus, eta=0.0, clip=True, randn=torch.randn_like):
 
 def dpm_solver(v, z, taus, clip=True):
     """
-    DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095), algorithm 2: exact but for the data prediction, which it takes
-    to go on changing as in the last step, linearly in lambda = log(tau / (1 - tau)). First and last step: ddim's.
+    DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095), algorithm 2: as ddim, but with the data prediction extrapolated to
+    the middle of the step, linearly in lambda = log(tau / (1 - tau)). Where lambda is infinite, at both ends, it is ddim.
     """
     before, h_before = None, math.inf
     for t, s in zip(taus, taus[1:]):
@@ -145,36 +148,39 @@ def dpm_solver(v, z, taus, clip=True):
 
 class Flow:
     """
-    A method of either script as v(tau, z), tau (B,) or a number, under fixed labels y (B,) or None, and guidance. It
-    counts its evaluations of the model, and tells of them at times.
+    A method of either script as v(tau, z), tau (B,) or a number, under fixed labels y (B,) or None, and guidance. clip
+    keeps the data that DenoiseDiffusion predicts within [-1, 1], and fits the noise to it: where there is much noise, it
+    would else be far off. It counts its evaluations of the model, and tells of them at times.
     """
 
-    def __init__(self, method, y=None, guidance=1.0):
-        self.method, self.y, self.guidance, self.evaluations, self.told = method, y, guidance, 0, time.time()
+    def __init__(self, method, y=None, guidance=1.0, clip=False):
+        self.method, self.y, self.guidance, self.clip = method, y, guidance, clip
+        self.evaluations, self.told = 0, time.time()
         self.taus = None
         if hasattr(method, "alpha_bar"):                                      # DenoiseDiffusion: tau for each of its t
             self.taus = 1 / (1 + (method.one_minus_alpha_bar / method.alpha_bar).sqrt())
 
     def times(self, steps, sampler="heun"):
         """
-        Where a sampler of so many steps asks, from noise to data. DenoiseDiffusion has never seen data without noise: its
-        last step is ddim's, a long one if all are, else, for methods that look ahead, from the least noise it has seen.
+        The tau at which steps start, and for cfm the last one ends. DenoiseDiffusion has never seen data without noise, so
+        its last step is ddim's, straight to the data: for euler, ddim and dpm++ as long as the others in t; other
+        samplers look ahead, and so go down to the least noise there is, t = 0, before.
         """
         if self.taus is None:
             return [i / steps for i in range(steps + 1)]
-        n, steps = len(self.taus), min(steps, len(self.taus))
+        n, steps = len(self.taus), min(steps, len(self.taus)) if sampler != "dopri5" else 2
         last = n / steps - 1 if sampler in ("euler", "ddim", "dpm++") else 0
         return self.taus[torch.linspace(n - 1, last, steps).round().long()].tolist()
 
-    def count(self, tau):
+    def count(self):
         self.evaluations += 1
         if time.time() - self.told > 10:
-            print(f"at {float(torch.as_tensor(tau).min()):.0%} of the way, {self.evaluations} evaluations", flush=True)
+            print(f"{self.evaluations} evaluations of the model so far", flush=True)
             self.told = time.time()
 
     def __call__(self, tau, z):
         tau = tau.float() if torch.is_tensor(tau) else torch.full((len(z),), float(tau), device=z.device)
-        self.count(tau)
+        self.count()
         if self.taus is None:
             return self.method.velocity(tau, z, self.y, self.guidance)
         i = torch.searchsorted(-self.taus, -tau).clamp(1, len(self.taus) - 1)
@@ -182,6 +188,9 @@ class Flow:
         norm = wide(torch.hypot(tau, 1 - tau), z)                             # 1 / (alpha + sigma)
         alpha, sigma = wide(tau, z) / norm, wide(1 - tau, z) / norm
         data, noise = self.method.predict(z / norm, t, alpha, sigma, self.y, self.guidance)
+        if self.clip:
+            data = data.clamp(-1, 1)
+            noise = (z / norm - alpha * data) / sigma
         return data - noise
 
 
@@ -193,11 +202,11 @@ def draw(method, noise, y=None, steps=10, sampler="heun", guidance=1.0, eta=0.0,
     None. randn(x) draws the noise that ancestral sampling and eta add. Evaluations a step: midpoint and heun 2, rk4 4,
     all others 1, and so has the last step of DenoiseDiffusion, see Flow.times().
     """
-    v = Flow(method, y, guidance)
+    v = Flow(method, y, guidance, clip)
     if sampler == "ancestral":                                                # Ho et al., Algorithm 2
         x = noise
         for t in reversed(range(method.n_steps)):
-            v.count(1 - t / method.n_steps)
+            v.count()
             x = method.p_sample(x, torch.full((len(x),), t, device=x.device), y, guidance, clip, randn(x))
         return x, v.evaluations
     taus = v.times(steps, sampler)
@@ -253,14 +262,13 @@ def slerp(a, b, share):
 
 
 if __name__ == "__main__":
-    import cfm
-    import ddpm
-
     configure(globals(), {"n_samples batch_size": (1, math.inf), "steps guidance labels": (0, math.inf),
                           "atol rtol": (1e-7, 1), "eta": (0, 1), "seed": (0, 2**63 - 1),
                           "task": ["draw", "interpolate", "reconstruct", "likelihood"]})
     checkpoint = load_checkpoint(Path(out_dir, "ckpt.pt"))
-    script = {"ddpm": ddpm, "cfm": cfm}[checkpoint["method"]]
+    if checkpoint["method"] not in ("ddpm", "cfm"):
+        fail(f"{Path(out_dir, 'ckpt.pt')} is of another method: {checkpoint['method']}")
+    script, is_ddpm = importlib.import_module(checkpoint["method"]), checkpoint["method"] == "ddpm"
     config = vars(script) | checkpoint["config"]                              # defaults for what is newer than the run
     num_classes, (C, H, W) = checkpoint["model_args"]["num_classes"], checkpoint["picture_shape"]
 
@@ -273,15 +281,15 @@ if __name__ == "__main__":
         fail(f"--sampler={sampler} cannot be run backwards, choose {' or '.join([*TABLEAUS, 'dopri5'])}")
     if sampler == "ancestral" and steps not in (0, config["n_steps"]):
         fail(f"--steps={steps}: ancestral sampling takes all {config['n_steps']} steps, --sampler=ddim any number")
-    if script is ddpm and steps > config["n_steps"]:
+    if is_ddpm and steps > config["n_steps"]:
         fail(f"--steps={steps}: the run has only {config['n_steps']}")
     if eta and sampler != "ddim":
         fail(f"--eta={eta} goes with --sampler=ddim, not with {sampler}")
-    if task == "likelihood" and script is ddpm and (not auto or steps):
+    if task == "likelihood" and is_ddpm and (not auto or steps):
         fail("--task=likelihood of ddpm is the bound, over all its steps: leave out --sampler and --steps")
     if sampler == "dopri5" and steps:
         fail(f"--steps={steps}: dopri5 takes as many as --atol and --rtol need")
-    if exact and (task != "likelihood" or script is ddpm):
+    if exact and (task != "likelihood" or is_ddpm):
         fail("--exact goes with --task=likelihood of cfm")
     if task == "likelihood" and save != "auto":
         fail(f"--save={save}: a likelihood is printed, not saved")
@@ -293,16 +301,22 @@ if __name__ == "__main__":
     if guidance != 1 and (real or not num_classes):
         fail(f"--guidance={guidance}: " + ("the flow is that of the model as it is" if real else
              "the model was trained without labels, so it has nothing to be guided by"))
+    config |= {"sampler": sampler, "eta": eta}
     with explained():
-        script.build(None, config | {"sampler": sampler, "eta": eta}, "cpu")
+        script.build(None, config, "cpu")
     steps = steps or (20 if real else min(config["sample_steps"], config.get("n_steps", math.inf)))
     device, _, _ = choose_machine(device)
+    if real or sampler == "dopri5":                                           # their errors are smaller than TF32's
+        torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
     save = Path(out_dir, f"{'samples' if task == 'draw' else task}.png") if save == "auto" else Path(save)
     if save.suffix not in (".png", ".npz", "") or save.is_dir() and any(save.iterdir()):
         fail(f"--save={save}: must end in .png or .npz, or else be a new or empty folder")
     if real:
         with explained(f"the data of the run, {config['dataset']}: "):
             _, (x_val, y_val) = load_data(config["dataset"], config["data_dir"], config["image_size"])
+        if tuple(x_val.shape[1:]) != (C, H, W) or num_classes and y_val.max() >= num_classes:
+            fail(f"the data of the run, {config['dataset']}, has changed: the model is for {num_classes} classes of {C, H, W}")
         if n_samples > len(x_val):
             fail(f"--n_samples={n_samples}: only {len(x_val)} pictures are held out")
         y = y_val[:n_samples] if num_classes else torch.full((n_samples,), -1)
@@ -317,7 +331,7 @@ if __name__ == "__main__":
     model = UNet(**checkpoint["model_args"]).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     model.load_state_dict(checkpoint["ema" if ema else "model"])
     method = script.build(model, config, device)
-    bound = task == "likelihood" and script is ddpm
+    bound = task == "likelihood" and is_ddpm
     how = ("the bound, all steps" if bound else "ancestral, all steps" if sampler == "ancestral" else
            f"dopri5, atol {atol}, rtol {rtol}" if sampler == "dopri5" else f"{sampler}, {steps} steps")
     print(f"{task} {n_samples} pictures by {script.METHOD}, iteration {checkpoint['iteration']}: {how}, "
@@ -333,13 +347,13 @@ if __name__ == "__main__":
 
         x = (x_val[i:i + len(label)].float() if real else torch.empty(len(label), C, H, W)).to(device)
         if bound:
-            bits.append(torch.stack(method.bound(x / 127.5 - 1, label, randn)).cpu())
+            bits.append(torch.stack(method.bound(x / 127.5 - 1, label, randn)))
             spent.append(method.n_steps)
         elif task == "likelihood":
             u = torch.stack([torch.rand(C, H, W, generator=source) for source in sources]).to(device)
             nats, evaluations = log_likelihood(method, (x + u - 0.5) / 127.5 - 1, label, steps, sampler, atol, rtol,
                                                None if exact else randn(x).sign())
-            # a level is 1 / 127.5 wide, so the probability of one is the density times that for each of C H W values
+            # a level is 1 / 127.5 wide: its log-probability is at least the mean log-density in it, plus the log of that
             bits.append(math.log2(127.5) - nats[None].cpu() / (C * H * W * math.log(2)))
             spent.append(evaluations)
         else:
@@ -350,7 +364,10 @@ if __name__ == "__main__":
                 ends = [[torch.randn(C, H, W, generator=torch.Generator().manual_seed(hash((seed, n // 10, end))))
                          for end in (0, 1)] for n in numbers]
                 noise = torch.stack([slerp(a, b, n % 10 / 9) for n, (a, b) in zip(numbers, ends)]).to(device)
-            x, evaluations = draw(method, noise, label, steps, sampler, guidance, eta, clip, atol, rtol, randn)
+            try:
+                x, evaluations = draw(method, noise, label, steps, sampler, guidance, eta, clip and not real, atol, rtol, randn)
+            except FloatingPointError as e:
+                fail(e)
             spent.append(evaluations)
             x = (x * 127.5 + 127.5).round().clip(0, 255).byte()
             pictures[i:i + batch_size] = x.permute(0, 2, 3, 1).cpu().numpy()
@@ -362,9 +379,9 @@ if __name__ == "__main__":
     if task == "likelihood":
         bits = torch.cat(bits, 1)                                             # (terms, n_samples)
         terms = [f"{name} {term:.4f}" for name, term in zip(("L_T", "KL of the steps between", "L_0"), bits.mean(1))]
-        error = bits.sum(0).std().item() / math.sqrt(n_samples)
-        print(f"{bits.sum(0).mean():.4f} +- {error:.4f} bits/dim (mean of {n_samples} held-out pictures and its error)"
-              + (f": a bound, of {' + '.join(terms)}" if bound else "") + f"; {took}")
+        error = f" +- {bits.sum(0).std() / math.sqrt(n_samples):.4f}" if n_samples > 1 else ""
+        print(f"at most {bits.sum(0).mean():.4f}{error} bits/dim (mean of {n_samples} held-out pictures, and its error)"
+              + (f", of {' + '.join(terms)}" if bound else "") + f"; {took}")
         raise SystemExit(0)
     if task == "reconstruct":
         gap = pictures - x_val[:n_samples].permute(0, 2, 3, 1).numpy().astype(float)

@@ -198,7 +198,7 @@ def test_likelihood_by_one_command(trained):
     bits = {}
     for out_dir in ("fresh", f"out/{script}"):
         out = sample(f"--out_dir={out_dir}", "--task=likelihood", "--n_samples=50", "--batch_size=20", cwd=cwd)
-        bits[out_dir], total = float(out.split("\n")[-2].split()[0]), out
+        bits[out_dir], total = float(out.split("\n")[-2].split()[2]), out
     assert bits[f"out/{script}"] < bits["fresh"] - 0.05
     if script == "ddpm":
         terms = [float(total.split(name)[1].split()[0].rstrip(";")) for name in ("L_T", "between", "L_0")]
@@ -365,9 +365,17 @@ def test_unconditional(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_mixed_precision_on_the_cpu(dtype, tmp_path):
+def test_mixed_precision_on_the_cpu(dtype, tmp_path, monkeypatch):
     """What a GPU runs by default, autocast and the gradient scaler, in the CPU's version."""
-    here("cfm", *TINY, "--max_iters=8", f"--dtype={dtype}", "--out_dir=x", cwd=tmp_path)
+    seen, forward = set(), torch.nn.functional.scaled_dot_product_attention
+
+    def attention(q, k, v):
+        seen.add(q.dtype)
+        return forward(q, k, v)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    printed = here("cfm", *TINY, "--max_iters=8", f"--dtype={dtype}", "--out_dir=x", cwd=tmp_path)
+    assert f"cpu, {dtype}, " in printed and getattr(torch, dtype) in seen
     assert all(p.dtype == torch.float32 for p in checkpoint(tmp_path / "x")["model"].values())
 
 

@@ -14,7 +14,13 @@ ROOT = Path(__file__).parent.parent
 def test_toy2d(tmp_path):
     for peer in ("scipy", "ot", "matplotlib"):
         pytest.importorskip(peer, reason="bench/requirements.txt is not installed")
-    small = ["--seeds=1", "--iterations=300", "--batch_size=64", "--n_test=300", f"--picture={tmp_path}/toy.png"]
+    small = [
+        "--seeds=1",
+        "--iterations=300",
+        "--batch_size=64",
+        "--n_test=300",
+        f"--picture={tmp_path}/toy.png",
+    ]
     done = subprocess.run(
         [sys.executable, str(ROOT / "bench" / "toy2d.py"), *small], capture_output=True, text=True, timeout=300
     )
