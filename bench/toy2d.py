@@ -2,7 +2,7 @@
 What optimal pairing is good for, in two dimensions: I-CFM beside OT-CFM, from moons to 8 gaussians and back.
 
     pip install -r requirements.txt -r bench/requirements.txt
-    python bench/toy2d.py                          # about 25 minutes on two cores; draws assets/toy2d.png
+    python bench/toy2d.py                          # about 20 minutes on two cores; draws assets/toy2d.png
     python bench/toy2d.py --seeds=1 --iterations=500 --n_test=1000 --picture=toy.png
 
 For each pairing and seed an MLP is trained, then 10,000 fresh points are carried along, by one step of Euler and by
