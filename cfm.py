@@ -214,13 +214,14 @@ def build(model, config, device):
     """The method around a UNet. ValueError for options that do not go together."""
     from importlib.util import find_spec
 
+    matcher = PATHS[config["path"]](config["sigma"])
     if config["path"] in ("vp", "sb") and config["sampler"] in ("ddim", "dpm++"):
         raise ValueError(f"--sampler={config['sampler']} is for straight paths, not for --path={config['path']}")
     if config.get("eta") and (config["path"] != "icfm" or config["sigma"]):
         raise ValueError(f"--eta={config['eta']} renews noise, which only --path=icfm with --sigma=0 keeps by itself")
     if config["path"] in ("ot", "sb") and "eta" not in config and not find_spec("scipy"):      # sample.py has an eta
         raise ValueError(f"--path={config['path']} pairs noise and data with scipy: pip install scipy")
-    return VelocityField(model, PATHS[config["path"]](config["sigma"]), config["t_sampling"])
+    return VelocityField(model, matcher, config["t_sampling"])
 
 
 # ---- the rest is the same in ddpm.py and cfm.py ----

@@ -441,6 +441,17 @@ def test_mistakes_are_explained_in_one_line(script, args, message, tmp_path):
     refused(script, *args, cwd=tmp_path, message=message)
 
 
+def test_pairing_without_scipy_is_refused_in_training_but_not_in_sampling(tmp_path, monkeypatch):
+    args = [*TINY, "--max_iters=1", "--sigma=0.5", "--out_dir=x"]
+    here("cfm", *args, cwd=tmp_path)
+    state = checkpoint(tmp_path / "x")
+    state["config"]["path"] = "ot"
+    torch.save(state, tmp_path / "x" / "ckpt.pt")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused("cfm", *args, "--path=ot", "--overwrite", cwd=tmp_path, message="pip install scipy")
+    sample("--out_dir=x", "--n_samples=2", cwd=tmp_path)
+
+
 def test_what_is_there_is_not_overwritten_and_damage_is_told(trained):
     script, cwd, _ = trained
     refused(script, *TINY, cwd=cwd, message="--overwrite")
