@@ -16,7 +16,7 @@ def test_toy2d(tmp_path):
         pytest.importorskip(peer, reason="bench/requirements.txt is not installed")
     small = [
         "--seeds=1",
-        "--iterations=300",
+        "--iterations=1500",
         "--batch_size=64",
         "--n_test=300",
         f"--picture={tmp_path}/toy.png",
@@ -31,7 +31,7 @@ def test_toy2d(tmp_path):
     for task in (rows[:6], rows[6:]):
         found = {(pairing, name): float(value) for pairing, name, value in task}
         for name in ("1 step", "curvature"):
-            assert found["OT-CFM", name] < 0.7 * found["I-CFM", name]
+            assert found["OT-CFM", name] < 0.5 * found["I-CFM", name]
 
 
 def test_wasserstein2_by_hand():
