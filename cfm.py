@@ -63,7 +63,7 @@ seed = 1337                  # every draw is a function of seed, iteration and m
 # the method, and the grids drawn with it
 out_dir = "out/cfm"
 path = "icfm"                # from noise to data: icfm, ot, target, vp or sb, see the classes below
-sigma = 0.0                  # width of the path around its mean; sb needs one, such as 0.5. Samples start from N(0, 1)
+sigma = 0.0                  # width of the path around its mean; sb needs one, such as 0.5
 t_sampling = "uniform"       # times to train at; logit_normal: more of them half way
 sampler = "heun"             # or euler, midpoint, rk4, dopri5, ddim, dpm++: see sample.py
 sample_steps = 10            # midpoint and heun take 2 evaluations of the model each, rk4 4
@@ -72,7 +72,8 @@ guidance = 1.0               # 1: the conditional model as it is; 0: the uncondi
 METHOD = "cfm"
 FIXED = "dataset image_size conditional channels channel_mults n_res_blocks attention_levels dropout patch " \
         "path sigma"
-LIMITS = {"path": ["icfm", "ot", "target", "vp", "sb"], "sigma": (0, math.inf), "t_sampling": ["uniform", "logit_normal"],
+LIMITS = {"path": ["icfm", "ot", "target", "vp", "sb"], "sigma": (0, math.inf),
+          "t_sampling": ["uniform", "logit_normal"],
           "sampler": ["euler", "midpoint", "heun", "rk4", "dopri5", "ddim", "dpm++"]}
 
 
@@ -100,7 +101,7 @@ class ConditionalFlowMatcher:
         return self.sigma
 
     def compute_lambda(self, t):
-        """Weight for a score model's loss beside this one (Tong et al. 2023, arXiv 2307.03672): shaped like sigma_t."""
+        """Weight of a score model's loss beside this one (Tong et al. 2023, arXiv 2307.03672), like sigma_t."""
         return 2 * self.compute_sigma_t(t) / (self.sigma**2 + 1e-8)
 
     def sample_noise_like(self, x):
@@ -217,9 +218,7 @@ def build(model, config, device):
     matcher = PATHS[config["path"]](config["sigma"])
     if config["path"] in ("vp", "sb") and config["sampler"] in ("ddim", "dpm++"):
         raise ValueError(f"--sampler={config['sampler']} is for straight paths, not for --path={config['path']}")
-    if config.get("eta") and (config["path"] != "icfm" or config["sigma"]):
-        raise ValueError(f"--eta={config['eta']} renews noise, which only --path=icfm with --sigma=0 keeps by itself")
-    if config["path"] in ("ot", "sb") and "eta" not in config and not find_spec("scipy"):      # sample.py has an eta
+    if config["path"] in ("ot", "sb") and "task" not in config and not find_spec("scipy"):     # sample.py has a task
         raise ValueError(f"--path={config['path']} pairs noise and data with scipy: pip install scipy")
     return VelocityField(model, matcher, config["t_sampling"])
 
@@ -269,14 +268,14 @@ if __name__ == "__main__":
 
     # model, its average, optimizer
     torch.manual_seed(seed)
-    model_args = {k: config[k] for k in ("channels", "channel_mults", "n_res_blocks", "attention_levels", "dropout", "patch")}
-    model_args |= {"in_channels": x_train.shape[1], "num_classes": num_classes}
+    shape = "channels", "channel_mults", "n_res_blocks", "attention_levels", "dropout", "patch"
+    model_args = {k: config[k] for k in shape} | {"in_channels": x_train.shape[1], "num_classes": num_classes}
     with explained():
         model = UNet(**model_args).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype == "float16")
-    it, losses = 0, torch.zeros(2, device=device)                             # sum and number, since the last log line
+    it, losses = 0, torch.zeros(2, device=device)                             # sum and number since the last log
     if init_from == "resume":
         if checkpoint["model_args"] != model_args:
             fail(f"--dataset={dataset} has changed: the run in {out_dir} has a model of {checkpoint['model_args']}")
@@ -359,12 +358,12 @@ if __name__ == "__main__":
             row = [it, f"{mean:.6f}", f"{lr:.3e}", f"{speed:.0f}", *([f"{v:.6f}" for v in held_out] or [""] * 5)]
             with log_path.open("a") as f:
                 f.write(",".join(map(str, row)) + "\n")
-            left = (max_iters - it) * pictures_per_iter / speed / 60
-            print(f"iteration {it} of {max_iters}: loss {mean:.4f}, {speed:.0f} pictures/s, {left:.1f} min left", flush=True)
+            print(f"iteration {it} of {max_iters}: loss {mean:.4f}, {speed:.0f} pictures/s, "
+                  f"{(max_iters - it) * pictures_per_iter / speed / 60:.1f} min left", flush=True)
             losses.zero_()
         if evaluating or stop:
-            save_checkpoint(ckpt_path, method=METHOD, config=config, iteration=it, losses=losses, model_args=model_args,
-                            picture_shape=tuple(x_val.shape[1:]), model=model.state_dict(), ema=ema.state_dict(),
+            save_checkpoint(ckpt_path, method=METHOD, config=config, iteration=it, losses=losses, ema=ema.state_dict(),
+                            model_args=model_args, picture_shape=tuple(x_val.shape[1:]), model=model.state_dict(),
                             optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
         if evaluating:
             with autocast:
@@ -374,7 +373,7 @@ if __name__ == "__main__":
                   + f"drew sample-{it}.png", flush=True)
         last, last_time = it, time.time()
     if rank == 0 and it < max_iters:
-        print(f"stopped, and saved at iteration {it}: continue with --init_from=resume --out_dir={out_dir}", flush=True)
+        print(f"stopped, and saved at iteration {it}: go on by --init_from=resume --out_dir={out_dir}", flush=True)
     code = 128 + int(stop) if stop else 0
     if world > 1:
         dist.barrier(cpu_group)                                               # the first process may still be drawing

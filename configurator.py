@@ -1,6 +1,6 @@
 """
-What comes in from outside, checked at the door: options, checkpoints, devices, data sets. Whatever is wrong with them
-ends in one line on stderr and exit code 2.
+What comes in from outside, checked at the door: options, checkpoints, devices, data sets. Whatever is wrong
+with them ends in one line on stderr and exit code 2.
 
 Options override a script's globals, from the command line and from config files: nanoGPT's idea, checked.
 
@@ -9,9 +9,9 @@ Options override a script's globals, from the command line and from config files
 
     python cfm.py preset.py --batch_size=64 --learning-rate 1e-3 --compile
 
-The options are the script's lower-case globals that hold a bool, int, float, str or tuple. An option has the type of
-its default; where it is given twice, the last value wins. A config file holds `key = literal` lines and is read, never
-executed.
+The options are the script's lower-case globals that hold a bool, int, float, str or tuple. An option has the
+type of its default; where it is given twice, the last value wins. A config file holds `key = literal` lines and
+is read, never executed.
 """
 import ast
 import contextlib
@@ -63,8 +63,9 @@ def fit(value, default):
 
 def configure(settings, limits={}, argv=None):
     """
-    Override settings, a script's globals(), by argv (by default the command line) and return all options as a dict.
-    limits maps options, separated by spaces, to (least, most), or to a list of choices, which may hold True and False.
+    Override settings, a script's globals(), by argv (by default the command line) and return all options as a
+    dict. limits maps options, separated by spaces, to (least, most), or to a list of choices, which may hold
+    True and False.
     """
     kinds, script = (bool, int, float, str, tuple), Path(settings["__file__"])
     defaults = {k: v for k, v in settings.items() if k.islower() and k[0] != "_" and type(v) in kinds}
@@ -120,8 +121,9 @@ def configure(settings, limits={}, argv=None):
 
 def resume(settings, limits, checkpoint, fixed):
     """
-    configure() for a run that goes on: under the options it had, but for out_dir and those given anew. Says what differs,
-    and calls fail() where that is one of fixed, option names separated by spaces, or where there is nothing left to do.
+    configure() for a run that goes on: under the options it had, but for out_dir and those given anew. Says
+    what differs, and calls fail() where that is one of fixed, option names separated by spaces, or where there
+    is nothing left to do.
     """
     saved, it = checkpoint["config"], checkpoint["iteration"]
     settings.update(saved, out_dir=settings["out_dir"])
@@ -147,8 +149,8 @@ def explained(where=""):
 
 def load_checkpoint(path, method=None):
     """
-    What save_checkpoint() wrote, on the CPU. Executes nothing in the file; calls fail() if it is not a whole checkpoint,
-    or one of another method.
+    What save_checkpoint() wrote, on the CPU. Executes nothing in the file; calls fail() if it is not a whole
+    checkpoint, or one of another method.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -305,9 +307,9 @@ def read_folder(folder, side):
 
 def load_data(dataset, data_dir="data", image_size=0, conditional=True):
     """
-    [(x, y) to train on, (x, y) held out]: x uint8 (N, C, H, W); y int64 (N,), -1 for no label, as all are if not
-    conditional. Held out is the test set, or where there is none a tenth (of fewer than ten pictures, all). Exceptions
-    say what is wrong with the data.
+    [(x, y) to train on, (x, y) held out]: x uint8 (N, C, H, W); y int64 (N,), -1 for no label, as all are if
+    not conditional. Held out is the test set, or where there is none a tenth (of fewer than ten pictures, all).
+    Exceptions say what is wrong with the data.
     """
     if name := {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}.get(dataset):
         if name == "MNIST":

@@ -93,7 +93,8 @@ class DenoiseDiffusion:
                  variance="fixedlarge"):
         if n_steps < 2:
             raise ValueError(f"n_steps must be at least 2, but is {n_steps}")
-        for name, choice in dict(schedule=schedule, prediction=prediction, weighting=weighting, variance=variance).items():
+        options = {"schedule": schedule, "prediction": prediction, "weighting": weighting, "variance": variance}
+        for name, choice in options.items():
             if choice not in LIMITS[name]:
                 raise ValueError(f"{name} must be one of {LIMITS[name]}, not {choice!r}")
         self.eps_model, self.n_steps, self.prediction = eps_model, n_steps, prediction
@@ -143,7 +144,7 @@ class DenoiseDiffusion:
         return at(self.alpha_bar, t, x).sqrt(), at(self.one_minus_alpha_bar, t, x).sqrt()
 
     def predict(self, xt, t, alpha, sigma, y=None, guidance=1.0):
-        """(x0, eps), the model's two predictions in one, for it knows xt. v: Salimans & Ho 2022 (arXiv 2202.00512)."""
+        """(x0, eps): as xt is known, each gives the other. v: Salimans & Ho 2022 (arXiv 2202.00512)."""
         out = guided(self.eps_model, t, xt, y, guidance)
         if self.prediction == "eps":
             return (xt - sigma * out) / alpha, out
@@ -175,8 +176,8 @@ class DenoiseDiffusion:
     def bound(self, x0, y=None, randn=torch.randn_like):
         """
         The terms of the bound on -log2 p(x0), eq. 5, in bits/dim, (B,) each, for x0 of 256 levels from -1 to 1:
-        L_T, what is left of x0 at the end; the sum over t of KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), at a draw of
-        x_t each; and L_0, the discretised decoder of section 3.3. T evaluations of the model.
+        L_T, what is left of x0 at the end; the sum over t of KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), at a
+        draw of x_t each; and L_0, the discretised decoder of section 3.3. T evaluations of the model.
         """
         mean, var = self.q_xt_x0(x0, torch.full((len(x0),), self.n_steps - 1, device=x0.device))
         prior, between = (mean.square() + var - 1 - var.log()) / 2, 0
@@ -192,7 +193,7 @@ class DenoiseDiffusion:
         low, high = edges[0].masked_fill(x0 < -0.999, -math.inf), edges[1].masked_fill(x0 > 0.999, math.inf)
         low, high = torch.where(low > 0, -high, low), torch.where(low > 0, -low, high)       # precise in that tail
         low, high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
-        decoder = -(high + torch.log1p(-torch.exp(low - high)))                              # -log(Phi(high) - Phi(low))
+        decoder = -(high + torch.log1p(-torch.exp(low - high)))                       # -log(Phi(high) - Phi(low))
         return [nats.flatten(1).mean(1).float().cpu() / math.log(2) for nats in (prior, between, decoder)]
 
 
@@ -252,14 +253,14 @@ if __name__ == "__main__":
 
     # model, its average, optimizer
     torch.manual_seed(seed)
-    model_args = {k: config[k] for k in ("channels", "channel_mults", "n_res_blocks", "attention_levels", "dropout", "patch")}
-    model_args |= {"in_channels": x_train.shape[1], "num_classes": num_classes}
+    shape = "channels", "channel_mults", "n_res_blocks", "attention_levels", "dropout", "patch"
+    model_args = {k: config[k] for k in shape} | {"in_channels": x_train.shape[1], "num_classes": num_classes}
     with explained():
         model = UNet(**model_args).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype == "float16")
-    it, losses = 0, torch.zeros(2, device=device)                             # sum and number, since the last log line
+    it, losses = 0, torch.zeros(2, device=device)                             # sum and number since the last log
     if init_from == "resume":
         if checkpoint["model_args"] != model_args:
             fail(f"--dataset={dataset} has changed: the run in {out_dir} has a model of {checkpoint['model_args']}")
@@ -342,12 +343,12 @@ if __name__ == "__main__":
             row = [it, f"{mean:.6f}", f"{lr:.3e}", f"{speed:.0f}", *([f"{v:.6f}" for v in held_out] or [""] * 5)]
             with log_path.open("a") as f:
                 f.write(",".join(map(str, row)) + "\n")
-            left = (max_iters - it) * pictures_per_iter / speed / 60
-            print(f"iteration {it} of {max_iters}: loss {mean:.4f}, {speed:.0f} pictures/s, {left:.1f} min left", flush=True)
+            print(f"iteration {it} of {max_iters}: loss {mean:.4f}, {speed:.0f} pictures/s, "
+                  f"{(max_iters - it) * pictures_per_iter / speed / 60:.1f} min left", flush=True)
             losses.zero_()
         if evaluating or stop:
-            save_checkpoint(ckpt_path, method=METHOD, config=config, iteration=it, losses=losses, model_args=model_args,
-                            picture_shape=tuple(x_val.shape[1:]), model=model.state_dict(), ema=ema.state_dict(),
+            save_checkpoint(ckpt_path, method=METHOD, config=config, iteration=it, losses=losses, ema=ema.state_dict(),
+                            model_args=model_args, picture_shape=tuple(x_val.shape[1:]), model=model.state_dict(),
                             optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
         if evaluating:
             with autocast:
@@ -357,7 +358,7 @@ if __name__ == "__main__":
                   + f"drew sample-{it}.png", flush=True)
         last, last_time = it, time.time()
     if rank == 0 and it < max_iters:
-        print(f"stopped, and saved at iteration {it}: continue with --init_from=resume --out_dir={out_dir}", flush=True)
+        print(f"stopped, and saved at iteration {it}: go on by --init_from=resume --out_dir={out_dir}", flush=True)
     code = 128 + int(stop) if stop else 0
     if world > 1:
         dist.barrier(cpu_group)                                               # the first process may still be drawing

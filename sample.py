@@ -7,11 +7,11 @@ Draw pictures with a checkpoint of ddpm.py or of cfm.py, or measure how likely r
     python sample.py --out_dir=out/cfm --n_samples=10000 --save=samples.npz       # for FID tools, or to train on
     python sample.py --out_dir=out/ddpm --task=likelihood --n_samples=200         # bits/dim of held-out pictures
 
-Both kinds of model are read as one. A point on the way from noise to data is x_t = alpha_t data + sigma_t noise; divided
-by alpha_t + sigma_t it is z = tau data + (1 - tau) noise, on a straight line, at tau = alpha_t / (alpha_t + sigma_t),
-and the flow from noise to data is dz/dtau = E[data - noise | z]. That is what cfm.py learns, and what ddpm.py's model
-knows in other words. So there is one of each sampler, and all it asks for is the velocity v(tau, z). Within that are the
-prediction of the data, z + (1 - tau) v, and that of the noise, z - tau v.
+Both kinds of model are read as one. A point on the way from noise to data is x_t = alpha_t data + sigma_t
+noise; divided by alpha_t + sigma_t it is z = tau data + (1 - tau) noise, on a straight line, at tau = alpha_t /
+(alpha_t + sigma_t), and the flow from noise to data is dz/dtau = E[data - noise | z]. That is what cfm.py
+learns, and what ddpm.py's model knows in other words. So there is one of each sampler, and all it asks for is
+the velocity v(tau, z). In that are predictions of the data, z + (1 - tau) v, and of the noise, z - tau v.
 
 The same seed gives the same pictures, whatever the batch_size, up to rounding.
 """
@@ -36,12 +36,12 @@ task = "draw"                # interpolate: go from one noise to another in each
                              # to noise and back; likelihood: bits/dim of held-out pictures, ddpm's by the bound
 n_samples = 100
 save = "auto"                # .png: a grid; .npz: arr_0 uint8 (N, H, W, C), arr_1 labels (N,); else a folder
-sampler = "auto"             # euler, midpoint, heun, rk4, dopri5, ddim, dpm++, ancestral; auto: as the run drew its grids,
-                             # but rk4 to reconstruct and dopri5 for a likelihood
-steps = 0                    # 0: as many as the run drew its grids with, 20 to reconstruct; ancestral takes all, dopri5 what
-                             # it needs
+sampler = "auto"             # euler, midpoint, heun, rk4, dopri5, ddim, dpm++ or ancestral; auto: as the run drew its
+                             # grids, but rk4 to reconstruct and dopri5 for a likelihood
+steps = 0                    # 0: as many as the run drew its grids with, but 20 to reconstruct; ancestral takes all,
+                             # dopri5 as many as it needs
 eta = 0.0                    # noise in a step of ddim: from 0, none, to 1, as in ancestral sampling with fixedsmall
-clip = True                  # keep each prediction of the picture within [-1, 1]; with cfm, only ddim and dpm++ make any
+clip = True                  # keep predictions of the picture within [-1, 1]; with cfm only ddim and dpm++ make any
 atol = 1e-4                  # error that dopri5 allows in a step, absolute
 rtol = 1e-4                  # and relative
 exact = False                # likelihood of cfm: the exact divergence, for pictures of few pixels; false: an estimate
@@ -55,7 +55,7 @@ device = "auto"              # cuda, cuda:1, mps or cpu
 # explicit Runge-Kutta: a stage looks a fraction c of the step ahead along the stage before; b weighs the stages
 TABLEAUS = {"euler": ([0], [1]), "midpoint": ([0, 1/2], [0, 1]), "heun": ([0, 1], [1/2, 1/2]),
             "rk4": ([0, 1/2, 1/2, 1], [1/6, 1/3, 1/3, 1/6])}
-# Dormand & Prince 1980: a stage looks ahead along all before it; the last is the step itself, and the next one's first
+# Dormand & Prince 1980: a stage looks ahead along all before it; the last is the step, and the next one's first
 DOPRI5 = [(1/5, [1/5]), (3/10, [3/40, 9/40]), (4/5, [44/45, -56/15, 32/9]),
           (8/9, [19372/6561, -25360/2187, 64448/6561, -212/729]),
           (1, [9017/3168, -355/33, 46732/5247, 49/176, -5103/18656]),
@@ -70,8 +70,8 @@ def wide(t, x):
 
 def solve(f, x, times, sampler, atol=1e-4, rtol=1e-4):
     """
-    Solves dx/dt = f(t, x), t (B,), from x (B, *dim) at times[0] to times[-1], forwards or backwards: in a step from each
-    of times to the next, or in as many as dopri5 needs, which looks at the two ends only.
+    Solves dx/dt = f(t, x), t (B,), from x (B, *dim) at times[0] to times[-1], forwards or backwards: in a step
+    from each of times to the next, or in as many as dopri5 needs, which looks at the two ends only.
     """
     if sampler == "dopri5":
         return dopri5(f, x, times[0], times[-1], atol, rtol)
@@ -112,7 +112,7 @@ def dopri5(f, x, start, end, atol, rtol):
 
 
 def predictions(tau, z, v, clip):
-    """The data and the noise in z, as predicted by the velocity v: (B, *dim) each. The noise fits the clipped data."""
+    """The data and the noise in z, as the velocity v predicts them, (B, *dim) each; the noise fits clipped data."""
     data = z + (1 - tau) * v
     data = data.clamp(-1, 1) if clip else data
     return data, (z - tau * data) / (1 - tau)
@@ -120,8 +120,9 @@ def predictions(tau, z, v, clip):
 
 def ddim(v, z, taus, eta=0.0, clip=True, randn=torch.randn_like):
     """
-    Song et al. 2020 (arXiv 2010.02502), eq. 12 and 16, from each of taus to the next: mixes the predictions anew. On
-    the straight line that is Euler's method, but for clipping, and for eta, which renews a part of the noise.
+    Song et al. 2020 (arXiv 2010.02502), eq. 12 and 16, from each of taus to the next: mixes the predictions
+    anew. On the straight line that is Euler's method, but for clipping, and for eta, which renews a part of the
+    noise.
     """
     for t, s in zip(taus, taus[1:]):
         data, noise = predictions(t, z, v(t, z), clip)
@@ -133,8 +134,9 @@ def ddim(v, z, taus, eta=0.0, clip=True, randn=torch.randn_like):
 
 def dpm_solver(v, z, taus, clip=True):
     """
-    DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095), algorithm 2: as ddim, but with the data prediction extrapolated to
-    the middle of the step, linearly in lambda = log(tau / (1 - tau)). Where lambda is infinite, at both ends, it is ddim.
+    DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095), algorithm 2: as ddim, but with the data prediction
+    extrapolated to the middle of the step, linearly in lambda = log(tau / (1 - tau)). Where lambda is infinite,
+    at both ends, it is ddim.
     """
     before, h_before = None, math.inf
     for t, s in zip(taus, taus[1:]):
@@ -148,23 +150,24 @@ def dpm_solver(v, z, taus, clip=True):
 
 class Flow:
     """
-    A method of either script as v(tau, z), tau (B,) or a number, under fixed labels y (B,) or None, and guidance. clip
-    keeps the data that DenoiseDiffusion predicts within [-1, 1], and fits the noise to it: where there is much noise, it
-    would else be far off. It counts its evaluations of the model, and tells of them at times.
+    A method of either script as v(tau, z), tau (B,) or a number, under fixed labels y (B,) or None, and
+    guidance. clip keeps the data that DenoiseDiffusion predicts within [-1, 1], and fits the noise to it: where
+    there is much noise, it would else be far off. It counts its evaluations of the model, and tells of them at
+    times.
     """
 
     def __init__(self, method, y=None, guidance=1.0, clip=False):
         self.method, self.y, self.guidance, self.clip = method, y, guidance, clip
         self.evaluations, self.told = 0, time.time()
         self.taus = None
-        if hasattr(method, "alpha_bar"):                                      # DenoiseDiffusion: tau for each of its t
+        if hasattr(method, "alpha_bar"):                                      # DenoiseDiffusion: tau at each t
             self.taus = 1 / (1 + (method.one_minus_alpha_bar / method.alpha_bar).sqrt())
 
     def times(self, steps, sampler="heun"):
         """
-        The tau at which steps start, and for cfm the last one ends. DenoiseDiffusion has never seen data without noise, so
-        its last step is ddim's, straight to the data: for euler, ddim and dpm++ as long as the others in t; other
-        samplers look ahead, and so go down to the least noise there is, t = 0, before.
+        The tau at which steps start, and for cfm the last one ends. DenoiseDiffusion has never seen data
+        without noise, so its last step is ddim's, straight to the data: for euler, ddim and dpm++ as long as
+        the others in t; other samplers look ahead, and so go down to the least noise there is, t = 0, before.
         """
         if self.taus is None:
             return [i / steps for i in range(steps + 1)]
@@ -198,9 +201,9 @@ class Flow:
 def draw(method, noise, y=None, steps=10, sampler="heun", guidance=1.0, eta=0.0, clip=True, atol=1e-4, rtol=1e-4,
          randn=torch.randn_like):
     """
-    From noise (B, *dim) to (pictures (B, *dim) in about [-1, 1], number of evaluations of the model). y: labels (B,) or
-    None. randn(x) draws the noise that ancestral sampling and eta add. Evaluations a step: midpoint and heun 2, rk4 4,
-    all others 1, and so has the last step of DenoiseDiffusion, see Flow.times().
+    From noise (B, *dim) to (pictures (B, *dim) in about [-1, 1], number of evaluations of the model). y: labels
+    (B,) or None. randn(x) draws the noise that ancestral sampling and eta add. Evaluations a step: midpoint and
+    heun 2, rk4 4, all others 1, and so has the last step of DenoiseDiffusion, see Flow.times().
     """
     v = Flow(method, y, guidance, clip)
     if sampler == "ancestral":                                                # Ho et al., Algorithm 2
@@ -231,10 +234,11 @@ def encode(method, x, y=None, steps=10, sampler="heun", atol=1e-4, rtol=1e-4):
 
 def log_likelihood(method, x, y=None, steps=10, sampler="dopri5", atol=1e-4, rtol=1e-4, probe=None):
     """
-    (log p(x) in nats (B,), number of evaluations) for pictures x (B, *dim) under cfm's flow, which starts from N(0, I) at
-    tau = 0, and along which d log p / dtau = -div v (Chen et al. 2018, arXiv 1806.07366, theorem 1). The divergence is
-    exact, at the cost of *dim gradients, or with a probe like x, of entries 1 and -1, Hutchinson's estimate
-    probe . (dv / dz probe), the probe being the same all along (Grathwohl et al. 2018, arXiv 1810.01367, section 3.1).
+    (log p(x) in nats (B,), number of evaluations) for pictures x (B, *dim) under cfm's flow, which starts from
+    N(0, I) at tau = 0, and along which d log p / dtau = -div v (Chen et al. 2018, arXiv 1806.07366, theorem 1).
+    The divergence is exact, at the cost of *dim gradients, or with a probe like x, of entries 1 and -1,
+    Hutchinson's estimate probe . (dv / dz probe), the probe being the same all along (Grathwohl et al. 2018,
+    arXiv 1810.01367, section 3.1).
     """
     v = Flow(method, y)
     if v.taus is not None:
@@ -285,6 +289,8 @@ if __name__ == "__main__":
         fail(f"--steps={steps}: the run has only {config['n_steps']}")
     if eta and sampler != "ddim":
         fail(f"--eta={eta} goes with --sampler=ddim, not with {sampler}")
+    if eta and not is_ddpm and (config["path"] != "icfm" or config["sigma"]):
+        fail(f"--eta={eta}: the noise to renew is independent of the data only for --path=icfm and --sigma=0")
     if task == "likelihood" and is_ddpm and (not auto or steps):
         fail("--task=likelihood of ddpm is the bound, over all its steps: leave out --sampler and --steps")
     if sampler == "dopri5" and steps:
@@ -301,7 +307,7 @@ if __name__ == "__main__":
     if guidance != 1 and (real or not num_classes):
         fail(f"--guidance={guidance}: " + ("the flow is that of the model as it is" if real else
              "the model was trained without labels, so it has nothing to be guided by"))
-    config |= {"sampler": sampler, "eta": eta}
+    config |= {"sampler": sampler, "task": task}
     with explained():
         script.build(None, config, "cpu")
     steps = steps or (20 if real else min(config["sample_steps"], config.get("n_steps", math.inf)))
@@ -316,7 +322,8 @@ if __name__ == "__main__":
         with explained(f"the data of the run, {config['dataset']}: "):
             _, (x_val, y_val) = load_data(config["dataset"], config["data_dir"], config["image_size"])
         if tuple(x_val.shape[1:]) != (C, H, W) or num_classes and y_val.max() >= num_classes:
-            fail(f"the data of the run, {config['dataset']}, has changed: the model is for {num_classes} classes of {C, H, W}")
+            fail(f"the data of the run, {config['dataset']}, has changed: its model is for {C, H, W} and "
+                 f"{num_classes} classes")
         if n_samples > len(x_val):
             fail(f"--n_samples={n_samples}: only {len(x_val)} pictures are held out")
         y = y_val[:n_samples] if num_classes else torch.full((n_samples,), -1)
@@ -353,7 +360,7 @@ if __name__ == "__main__":
             u = torch.stack([torch.rand(C, H, W, generator=source) for source in sources]).to(device)
             nats, evaluations = log_likelihood(method, (x + u - 0.5) / 127.5 - 1, label, steps, sampler, atol, rtol,
                                                None if exact else randn(x).sign())
-            # a level is 1 / 127.5 wide: its log-probability is at least the mean log-density in it, plus the log of that
+            # a level is 1 / 127.5 wide: its log-probability is at least the mean log-density in it plus the log of that
             bits.append(math.log2(127.5) - nats[None].cpu() / (C * H * W * math.log(2)))
             spent.append(evaluations)
         else:
@@ -365,7 +372,8 @@ if __name__ == "__main__":
                          for end in (0, 1)] for n in numbers]
                 noise = torch.stack([slerp(a, b, n % 10 / 9) for n, (a, b) in zip(numbers, ends)]).to(device)
             try:
-                x, evaluations = draw(method, noise, label, steps, sampler, guidance, eta, clip and not real, atol, rtol, randn)
+                x, evaluations = draw(method, noise, label, steps, sampler, guidance, eta, clip and not real,
+                                      atol, rtol, randn)
             except FloatingPointError as e:
                 fail(e)
             spent.append(evaluations)
@@ -374,7 +382,7 @@ if __name__ == "__main__":
         if i + batch_size < n_samples:
             done = i + batch_size
             print(f"{done} done, {(time.time() - start) / done * (n_samples - done) / 60:.1f} min left", flush=True)
-    took = f"{time.time() - start:.1f} s, {max(spent)} evaluations of the model{' each way' * (task == 'reconstruct')}"
+    took = f"{time.time() - start:.1f} s, {max(spent)} evaluations of the model"
 
     if task == "likelihood":
         bits = torch.cat(bits, 1)                                             # (terms, n_samples)

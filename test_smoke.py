@@ -190,8 +190,9 @@ def test_interpolation_is_between_two_noises_and_reconstruction_restores(trained
 
 def test_likelihood_by_one_command(trained):
     """
-    Of a model that has not learnt anything yet: cfm's flow is the identity, so that held-out pictures, in bits/dim, have
-    log2(127.5) less the log-density of N(0, 1), by hand; ddpm's bound has its three terms, and is far above.
+    Of a model that has not learnt anything yet: cfm's flow is the identity, so that held-out pictures, in
+    bits/dim, have log2(127.5) less the log-density of N(0, 1), by hand; ddpm's bound has its three terms, and
+    is far above.
     """
     script, cwd, _ = trained
     here(script, *TINY, "--max_iters=1", "--learning_rate=0", "--out_dir=fresh", "--overwrite", cwd=cwd)
@@ -450,6 +451,7 @@ def test_pairing_without_scipy_is_refused_in_training_but_not_in_sampling(tmp_pa
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     refused("cfm", *args, "--path=ot", "--overwrite", cwd=tmp_path, message="pip install scipy")
     sample("--out_dir=x", "--n_samples=2", cwd=tmp_path)
+    refused("sample", "--out_dir=x", "--sampler=ddim", "--eta=1", cwd=tmp_path, message="independent of the data")
 
 
 def test_what_is_there_is_not_overwritten_and_damage_is_told(trained):

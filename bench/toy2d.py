@@ -9,8 +9,8 @@ For each pairing and seed an MLP is trained, then 10,000 fresh points are carrie
 dopri5. Printed are, as mean and standard deviation over the seeds:
     W2^2          squared 2-Wasserstein distance, exact, from where they arrive to 10,000 points of the target
     curvature     E int |v|^2 dt / E |x(1) - x(0)|^2 - 1 along dopri5's paths: 0 if all are straight lines
-The setting is torchcfm's (sigma 0.1, 3 hidden layers of 64, SELU, AdamW 1e-3) but for the learning rate's decay to 0, as a
-cosine, and for batch and number of iterations.
+The setting is torchcfm's (sigma 0.1, 3 hidden layers of 64, SELU, AdamW 1e-3) but for the learning rate's decay
+to 0, as a cosine, and for batch and number of iterations.
 """
 import math
 import os

@@ -254,8 +254,8 @@ def test_likelihood_of_a_mixture_and_hutchinsons_estimate():
 @pytest.mark.parametrize("schedule, n_steps", [("linear", 1000), ("cosine", 200)])
 def test_bound_of_a_gaussian_is_exact_to_three_digits(variance, schedule, n_steps):
     """
-    With the exact model, each gap between the means is the x0 coefficient of the posterior mean times x0 - E[x0 | xt],
-    whose variance has a closed form. L_0 is an integral over x1 for each of the 256 levels.
+    With the exact model, each gap between the means is the x0 coefficient of the posterior mean times x0 - E[x0
+    | xt], whose variance has a closed form. L_0 is an integral over x1 for each of the 256 levels.
     """
     m, s = 0.1, 0.2
     method = exact_ddpm(((1.0, m, s),), n_steps, schedule=schedule, variance=variance)
@@ -353,8 +353,9 @@ def path_by_hand(name, sigma, t):
 @pytest.mark.parametrize("sigma", [0.1, 0.5])
 def test_every_path_leads_its_own_start_to_the_data(name, sigma):
     """
-    For Gaussian data N(m, s^2) the velocity E[u | xt] is linear in xt, and so is the flow: from the path's own start to its
-    end, of standard deviation sqrt(b^2 s^2 + c^2). And no other field has as small a loss under the matcher.
+    For Gaussian data N(m, s^2) the velocity E[u | xt] is linear in xt, and so is the flow: from the path's own
+    start to its end, of standard deviation sqrt(b^2 s^2 + c^2). And no other field has as small a loss under
+    the matcher.
     """
     m, s = 0.2, 0.5
 
