@@ -128,22 +128,23 @@ def resume(settings, limits, checkpoint, fixed):
     saved, it = checkpoint["config"], checkpoint["iteration"]
     settings.update(saved, out_dir=settings["out_dir"])
     config = configure(settings, limits)
-    for key in config.keys() & saved.keys() - {"init_from", "out_dir"}:
-        if config[key] != saved[key] and key in fixed.split():
-            fail(f"--{key}={config[key]}: the run in {config['out_dir']} has {saved[key]}, for good")
-        if config[key] != saved[key] and os.environ.get("RANK", "0") == "0":
-            print(f"resuming with {key} = {config[key]}, which was {saved[key]}")
+    for key, value in config.items():
+        was = saved.get(key, value)
+        if value != was and key in fixed.split():
+            fail(f"--{key}={value}: the run in {config['out_dir']} has {was}, for good")
+        if value != was and key not in ("init_from", "out_dir") and os.environ.get("RANK", "0") == "0":
+            print(f"resuming with {key} = {value}, which was {was}")
     if it >= config["max_iters"]:
         fail(f"the run in {config['out_dir']} is complete at iteration {it}: to go further add --max_iters={2 * it}")
     return config
 
 
 @contextlib.contextmanager
-def explained(where=""):
-    """Whatever goes wrong in this block, and says why, ends as any mistake does: in one line, after where."""
+def explained(where="", kind=Exception):
+    """Whatever of this kind goes wrong in the block, and says why, ends as any mistake does: in one line, after where."""
     try:
         yield
-    except Exception as e:
+    except kind as e:
         fail(where + " ".join(str(e).split()))
 
 
@@ -173,7 +174,7 @@ def save_checkpoint(path, **content):
 
 
 def start_run(ckpt_path, log_path, init_from, iteration):
-    """Makes the folder, in which a run from scratch leaves no older checkpoint; the log goes on after that iteration."""
+    """Makes the folder, where a run from scratch leaves no older checkpoint; the log goes on after iteration."""
     ckpt_path.parent.mkdir(parents=True, exist_ok=True)
     rows = ["iteration,loss,learning_rate,pictures_per_s,held_out,quarter1,quarter2,quarter3,quarter4"]
     if init_from == "scratch":
@@ -218,7 +219,7 @@ def choose_machine(device="auto", dtype="auto", compile="auto"):
 
 
 def join_processes(device):
-    """(this process's rank, their number, a group of them for tensors on the CPU), as torchrun set them up, or alone."""
+    """(this process's rank, their number, a group of them for tensors on the CPU): as torchrun set up, or alone."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         return 0, 1, None

@@ -192,8 +192,7 @@ class Flow:
         alpha, sigma = wide(tau, z) / norm, wide(1 - tau, z) / norm
         data, noise = self.method.predict(z / norm, t, alpha, sigma, self.y, self.guidance)
         if self.clip:
-            data = data.clamp(-1, 1)
-            noise = (z / norm - alpha * data) / sigma
+            data, noise = predictions(wide(tau, z), z, data - noise, clip=True)
         return data - noise
 
 
@@ -353,32 +352,31 @@ if __name__ == "__main__":
             return torch.stack([torch.randn(x.shape[1:], generator=source) for source in sources]).to(device)
 
         x = (x_val[i:i + len(label)].float() if real else torch.empty(len(label), C, H, W)).to(device)
-        if bound:
-            bits.append(torch.stack(method.bound(x / 127.5 - 1, label, randn)))
-            spent.append(method.n_steps)
-        elif task == "likelihood":
-            u = torch.stack([torch.rand(C, H, W, generator=source) for source in sources]).to(device)
-            nats, evaluations = log_likelihood(method, (x + u - 0.5) / 127.5 - 1, label, steps, sampler, atol, rtol,
-                                               None if exact else randn(x).sign())
-            # a level is 1 / 127.5 wide: its log-probability is at least the mean log-density in it plus the log of that
-            bits.append(math.log2(127.5) - nats[None].cpu() / (C * H * W * math.log(2)))
-            spent.append(evaluations)
-        else:
-            noise = randn(x)
-            if task == "reconstruct":
-                noise = encode(method, x / 127.5 - 1, label, steps, sampler, atol, rtol)
-            if task == "interpolate":                                         # ten pictures from an end to the next
-                ends = [[torch.randn(C, H, W, generator=torch.Generator().manual_seed(hash((seed, n // 10, end))))
-                         for end in (0, 1)] for n in numbers]
-                noise = torch.stack([slerp(a, b, n % 10 / 9) for n, (a, b) in zip(numbers, ends)]).to(device)
-            try:
+        with explained(kind=FloatingPointError):                              # dopri5 that cannot go on
+            if bound:
+                bits.append(torch.stack(method.bound(x / 127.5 - 1, label, randn)))
+                spent.append(method.n_steps)
+            elif task == "likelihood":
+                u = torch.stack([torch.rand(C, H, W, generator=source) for source in sources]).to(device)
+                probe = None if exact else randn(x).sign()
+                nats, evaluations = log_likelihood(method, (x + u - 0.5) / 127.5 - 1, label, steps, sampler, atol, rtol,
+                                                   probe)
+                # a level is 1 / 127.5 wide: its log-probability is at least its mean log-density plus the log of that
+                bits.append(math.log2(127.5) - nats[None].cpu() / (C * H * W * math.log(2)))
+                spent.append(evaluations)
+            else:
+                noise = randn(x)
+                if task == "reconstruct":
+                    noise = encode(method, x / 127.5 - 1, label, steps, sampler, atol, rtol)
+                if task == "interpolate":                                     # ten pictures from an end to the next
+                    ends = [[torch.randn(C, H, W, generator=torch.Generator().manual_seed(hash((seed, n // 10, end))))
+                             for end in (0, 1)] for n in numbers]
+                    noise = torch.stack([slerp(a, b, n % 10 / 9) for n, (a, b) in zip(numbers, ends)]).to(device)
                 x, evaluations = draw(method, noise, label, steps, sampler, guidance, eta, clip and not real,
                                       atol, rtol, randn)
-            except FloatingPointError as e:
-                fail(e)
-            spent.append(evaluations)
-            x = (x * 127.5 + 127.5).round().clip(0, 255).byte()
-            pictures[i:i + batch_size] = x.permute(0, 2, 3, 1).cpu().numpy()
+                spent.append(evaluations)
+                x = (x * 127.5 + 127.5).round().clip(0, 255).byte()
+                pictures[i:i + batch_size] = x.permute(0, 2, 3, 1).cpu().numpy()
         if i + batch_size < n_samples:
             done = i + batch_size
             print(f"{done} done, {(time.time() - start) / done * (n_samples - done) / 60:.1f} min left", flush=True)

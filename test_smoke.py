@@ -188,6 +188,19 @@ def test_interpolation_is_between_two_noises_and_reconstruction_restores(trained
         refused("sample", f"--out_dir=out/{script}", *args, cwd=cwd, message=message)
 
 
+@pytest.mark.parametrize("task", ["draw", "reconstruct", "likelihood"])
+def test_dopri5_that_cannot_go_on_says_so_in_one_line(trained, task):
+    script, cwd, _ = trained
+    if (script, task) == ("ddpm", "likelihood"):  # that is the bound, and takes no solver
+        return
+    broken = checkpoint(cwd / "out" / script)
+    broken["ema"]["conv_out.weight"].fill_(math.nan)
+    (cwd / "broken").mkdir(exist_ok=True)
+    torch.save(broken, cwd / "broken" / "ckpt.pt")
+    args = ["--out_dir=broken", f"--task={task}", "--sampler=dopri5", "--n_samples=2"]
+    refused("sample", *args, cwd=cwd, message="the model is not finite")
+
+
 def test_likelihood_by_one_command(trained):
     """
     Of a model that has not learnt anything yet: cfm's flow is the identity, so that held-out pictures, in

@@ -86,7 +86,7 @@ def cdf(mixture, tau, x):
 
 
 def transported(mixture, method, noise):
-    """Where the exact flow of draw(method, noise) ends: the last bit, down from the least noise, in one step of ddim."""
+    """Where the exact flow of draw(method, noise) ends; from the least noise there is, in one step of ddim."""
     times = Flow(method).times(2)
     start, end = times[0], times[-1]
     quantile = cdf(mixture, start, noise.double() * math.hypot(start, 1 - start))

@@ -105,7 +105,7 @@ def test_every_prediction_is_read_as_the_same_x0_and_eps(prediction):
 
 
 def test_min_snr_weighs_the_error_of_x0_the_same_whatever_is_predicted():
-    """Models wrong by the same delta in x0: -alpha/sigma delta in eps, -delta/sigma in v. Simple: each its own error."""
+    """Models wrong by one delta in x0: -alpha/sigma delta in eps, -delta/sigma in v. Simple: each its own error."""
     u, x0, noise = (torch.arange(1000) + 0.5) / 1000, torch.rand(1000, 4), torch.randn(1000, 4)
     delta, losses, simple = torch.randn(1000, 4), [], []
     for prediction in ("eps", "x0", "v"):

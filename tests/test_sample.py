@@ -323,7 +323,7 @@ def test_ddim_with_eta_1_from_one_step_to_the_next_is_the_posterior():
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("sampler", ["euler", "heun", "rk4", "dopri5", "ddim", "dpm++"])
 def test_an_error_in_eps_is_not_magnified_where_there_is_almost_nothing_but_noise(schedule, sampler):
-    """x0 = (x - sigma eps) / alpha, and alpha is 5e-5 at the end of the cosine schedule: clipping holds that in check."""
+    """x0 = (x - sigma eps) / alpha, and alpha ends at 5e-5 in the cosine schedule: clipping holds that in check."""
     exact = exact_ddpm(((1.0, 0.0, 0.4),), schedule=schedule)
     wrong = exact_ddpm(((1.0, 0.0, 0.4),), schedule=schedule)
     wrong.eps_model = lambda t, x, y, right=exact.eps_model: right(t, x) * 1.02
