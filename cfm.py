@@ -12,6 +12,7 @@ choose: a straight line, of velocity x1 - x0. Regressed on that over all pairs, 
 the lines that pass x at t, and the flow of that mean carries the noise to the distribution of the data.
 """
 import copy
+import functools
 import math
 import os
 import time
@@ -23,12 +24,12 @@ from torchvision.utils import save_image
 
 from configurator import (choose_machine, configure, explained, fail, first_process_first, join_processes,
                           load_checkpoint, load_data, resume, save_checkpoint, start_run, stop_signals)
-from unet import UNet
+from unet import Muon, UNet
 
 # ------------------------------------------------------------------------------------------------------------
 # output
-eval_interval = 469          # iterations between held-out losses, grids and checkpoints; 469 is an epoch of MNIST
-log_interval = 50            # iterations between log lines
+eval_interval = 938          # iterations between held-out losses, grids and checkpoints; 938 is an epoch of MNIST
+log_interval = 100           # iterations between log lines
 init_from = "scratch"        # or "resume": continue the run in out_dir, under its own options
 overwrite = False            # let a run from scratch replace the one in out_dir
 # data
@@ -46,10 +47,11 @@ attention_levels = (2,)
 dropout = 0.0
 patch = 2
 # training
-batch_size = 128             # pictures a process takes at a time
+batch_size = 64              # pictures a process takes at a time
 gradient_accumulation_steps = 1
-max_iters = 4690             # as many pictures as ten epochs of MNIST
-learning_rate = 4e-3
+max_iters = 7504             # as many pictures as eight epochs of MNIST
+muon = True                  # Muon for the kernels of convolutions, AdamW for the rest; false: AdamW for all
+learning_rate = 6e-3
 warmup_iters = 100
 decay_lr = True              # as a cosine, to 0 at max_iters; false: constant after the warm-up
 weight_decay = 0.01
@@ -64,13 +66,13 @@ seed = 1337                  # every draw is a function of seed, iteration and m
 out_dir = "out/cfm"
 path = "icfm"                # from noise to data: icfm, ot, target, vp or sb, see the classes below
 sigma = 0.0                  # width of the path around its mean; sb needs one, such as 0.5
-t_sampling = "uniform"       # times to train at; logit_normal: more of them half way
-sampler = "heun"             # or euler, midpoint, rk4, dopri5, ddim, dpm++: see sample.py
-sample_steps = 10            # midpoint and heun take 2 evaluations of the model each, rk4 4
+t_sampling = "logit_normal"  # times to train at: most of them half way; uniform: all alike
+sampler = "euler"            # or midpoint, heun, rk4, dopri5, ddim, dpm++: see sample.py
+sample_steps = 20            # midpoint and heun take 2 evaluations of the model each, rk4 4
 guidance = 1.0               # 1: the conditional model as it is; 0: the unconditional; above 1: exaggerated labels
 # ------------------------------------------------------------------------------------------------------------
 METHOD = "cfm"
-FIXED = "dataset image_size conditional channels channel_mults n_res_blocks attention_levels dropout patch " \
+FIXED = "dataset image_size conditional channels channel_mults n_res_blocks attention_levels dropout patch muon " \
         "path sigma"
 LIMITS = {"path": ["icfm", "ot", "target", "vp", "sb"], "sigma": (0, math.inf),
           "t_sampling": ["uniform", "logit_normal"],
@@ -273,15 +275,17 @@ if __name__ == "__main__":
     with explained():
         model = UNet(**model_args).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+    optimizer = Muon if muon else functools.partial(torch.optim.AdamW, fused=True)
+    optimizer = optimizer(model.parameters(), betas=(0.9, 0.99))
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype == "float16")
     it, losses = 0, torch.zeros(2, device=device)                             # sum and number since the last log
     if init_from == "resume":
         if checkpoint["model_args"] != model_args:
             fail(f"--dataset={dataset} has changed: the run in {out_dir} has a model of {checkpoint['model_args']}")
-        for name, part in dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler).items():
-            if name != "scaler" or scaler.is_enabled() and checkpoint["scaler"]:
-                part.load_state_dict(checkpoint[name])
+        with explained(f"{ckpt_path} is of another version of this program: "):
+            for name, part in dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler).items():
+                if name != "scaler" or scaler.is_enabled() and checkpoint["scaler"]:
+                    part.load_state_dict(checkpoint[name])
         it, losses = checkpoint["iteration"], checkpoint["losses"].to(device)
     net = torch.compile(model) if compile else model
     net = torch.nn.parallel.DistributedDataParallel(net) if world > 1 else net

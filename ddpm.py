@@ -14,6 +14,7 @@ each between two Gaussians of fixed variance, hence a squared distance between t
 training drops, that is the squared distance between the noise eps in x_t and the model's prediction of it.
 """
 import copy
+import functools
 import math
 import os
 import time
@@ -25,12 +26,12 @@ from torchvision.utils import save_image
 
 from configurator import (choose_machine, configure, explained, fail, first_process_first, join_processes,
                           load_checkpoint, load_data, resume, save_checkpoint, start_run, stop_signals)
-from unet import UNet
+from unet import Muon, UNet
 
 # ------------------------------------------------------------------------------------------------------------
 # output
-eval_interval = 469          # iterations between held-out losses, grids and checkpoints; 469 is an epoch of MNIST
-log_interval = 50            # iterations between log lines
+eval_interval = 938          # iterations between held-out losses, grids and checkpoints; 938 is an epoch of MNIST
+log_interval = 100           # iterations between log lines
 init_from = "scratch"        # or "resume": continue the run in out_dir, under its own options
 overwrite = False            # let a run from scratch replace the one in out_dir
 # data
@@ -48,10 +49,11 @@ attention_levels = (2,)
 dropout = 0.0
 patch = 2
 # training
-batch_size = 128             # pictures a process takes at a time
+batch_size = 64              # pictures a process takes at a time
 gradient_accumulation_steps = 1
-max_iters = 4690             # as many pictures as ten epochs of MNIST
-learning_rate = 4e-3
+max_iters = 7504             # as many pictures as eight epochs of MNIST
+muon = True                  # Muon for the kernels of convolutions, AdamW for the rest; false: AdamW for all
+learning_rate = 6e-3
 warmup_iters = 100
 decay_lr = True              # as a cosine, to 0 at max_iters; false: constant after the warm-up
 weight_decay = 0.01
@@ -65,16 +67,16 @@ seed = 1337                  # every draw is a function of seed, iteration and m
 # the method, and the grids drawn with it
 out_dir = "out/ddpm"
 n_steps = 1000               # T, the number of noising steps
-schedule = "linear"          # of beta, as Ho et al.; cosine: of alpha_bar, as Nichol & Dhariwal
-prediction = "eps"           # what the model is asked for: eps, x0, or v, which is a bit of both
+schedule = "cosine"          # of alpha_bar, as Nichol & Dhariwal; linear: of beta, as Ho et al.
+prediction = "v"             # what the model is asked for: eps, as by Ho et al., x0, or v, which is a bit of both
 weighting = "simple"         # mean square error of that; min_snr: the error in x0 counts min(snr, 5)
 variance = "fixedlarge"      # of an ancestral step: beta; fixedsmall: beta~, that of q(x_{t-1} | x_t, x_0)
 sampler = "ddim"             # or ancestral, dpm++, euler, midpoint, heun, rk4, dopri5: see sample.py
-sample_steps = 50            # at most n_steps; ancestral takes all, dopri5 as many as it needs
+sample_steps = 20            # at most n_steps; ancestral takes all, dopri5 as many as it needs
 guidance = 1.0               # 1: the conditional model as it is; 0: the unconditional; above 1: exaggerated labels
 # ------------------------------------------------------------------------------------------------------------
 METHOD = "ddpm"
-FIXED = "dataset image_size conditional channels channel_mults n_res_blocks attention_levels dropout patch " \
+FIXED = "dataset image_size conditional channels channel_mults n_res_blocks attention_levels dropout patch muon " \
         "n_steps schedule prediction"
 LIMITS = {"n_steps": (2, math.inf), "schedule": ["linear", "cosine"], "prediction": ["eps", "x0", "v"],
           "weighting": ["simple", "min_snr"], "variance": ["fixedlarge", "fixedsmall"],
@@ -258,15 +260,17 @@ if __name__ == "__main__":
     with explained():
         model = UNet(**model_args).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+    optimizer = Muon if muon else functools.partial(torch.optim.AdamW, fused=True)
+    optimizer = optimizer(model.parameters(), betas=(0.9, 0.99))
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype == "float16")
     it, losses = 0, torch.zeros(2, device=device)                             # sum and number since the last log
     if init_from == "resume":
         if checkpoint["model_args"] != model_args:
             fail(f"--dataset={dataset} has changed: the run in {out_dir} has a model of {checkpoint['model_args']}")
-        for name, part in dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler).items():
-            if name != "scaler" or scaler.is_enabled() and checkpoint["scaler"]:
-                part.load_state_dict(checkpoint[name])
+        with explained(f"{ckpt_path} is of another version of this program: "):
+            for name, part in dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler).items():
+                if name != "scaler" or scaler.is_enabled() and checkpoint["scaler"]:
+                    part.load_state_dict(checkpoint[name])
         it, losses = checkpoint["iteration"], checkpoint["losses"].to(device)
     net = torch.compile(model) if compile else model
     net = torch.nn.parallel.DistributedDataParallel(net) if world > 1 else net

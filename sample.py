@@ -335,7 +335,8 @@ if __name__ == "__main__":
             (save.parent if save.suffix else save).mkdir(parents=True, exist_ok=True)
 
     model = UNet(**checkpoint["model_args"]).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    model.load_state_dict(checkpoint["ema" if ema else "model"])
+    with explained(f"{Path(out_dir, 'ckpt.pt')} is of another version of this program: "):
+        model.load_state_dict(checkpoint["ema" if ema else "model"])
     method = script.build(model, config, device)
     bound = task == "likelihood" and is_ddpm
     how = ("the bound, all steps" if bound else "ancestral, all steps" if sampler == "ancestral" else

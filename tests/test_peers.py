@@ -1,8 +1,8 @@
 """
 The peers as oracles, where they are installed:
 
-    pip install scipy pot diffusers
-    pip install --no-deps torchcfm labml-nn labml labml-helpers
+    pip install -r bench/requirements.txt
+    pip install --no-deps torchcfm labml-nn labml labml-helpers denoising-diffusion-pytorch
 """
 
 import math
@@ -13,6 +13,7 @@ import torch
 from cfm import PATHS, ConditionalFlowMatcher
 from ddpm import DenoiseDiffusion
 from sample import Flow, ddim, dpm_solver, draw
+from unet import UNet
 
 SIGMAS = [0, 0.0, 5e-4, 0.5, 1, 1.5]
 SHAPES = [(6, 2), (6, 3, 4), (6, 1, 5, 4)]
@@ -201,3 +202,20 @@ def test_diffusers_dpm_solver(diffusers, schedule, prediction, steps):
     assert torch.equal(
         draw(ours, x, None, steps, "dpm++", clip=False)[0], dpm_solver(flow, start, [*taus, 1.0], False)
     )
+
+
+def test_the_unet_of_cifar10_has_as_many_parameters_as_diffusers():
+    """Theirs as in google/ddpm-cifar10-32, the model of Ho et al. converted."""
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    from diffusers import UNet2DModel
+
+    with torch.device("meta"):
+        peer = UNet2DModel(
+            sample_size=32,
+            layers_per_block=2,
+            block_out_channels=(128, 256, 256, 256),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        )
+        ours = UNet(3, 128, (1, 2, 2, 2), n_res_blocks=2, attention_levels=(1, 4), patch=1)
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in peer.parameters())

@@ -1,9 +1,11 @@
-"""The UNet's promises: any size, any channels, times and labels that matter, nothing predicted before training."""
+"""The UNet's promises: any size, any channels, times and labels that matter, nothing predicted before training; Muon."""
+
+import copy
 
 import pytest
 import torch
 
-from unet import UNet, time_embedding
+from unet import Muon, UNet, orthogonal, time_embedding
 
 
 def small(**options):
@@ -86,3 +88,73 @@ def test_attention_mixes_positions_of_any_level():
         UNet(attention_levels=(3,))
     with pytest.raises(ValueError, match="even"):
         UNet(channels=7)
+
+
+def test_at_the_size_of_ho_et_al_it_has_their_number_of_parameters():
+    """35,746,307, as diffusers' UNet of google/ddpm-cifar10-32 has, see also test_peers.py."""
+    with torch.device("meta"):
+        model = UNet(3, 128, (1, 2, 2, 2), n_res_blocks=2, attention_levels=(1, 4), patch=1)
+    assert sum(p.numel() for p in model.parameters()) == 35_746_307
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 72), (2, 64, 16), (1, 24, 24), (2, 1, 9)])
+def test_orthogonal_keeps_singular_vectors_and_levels_singular_values(shape):
+    torch.manual_seed(0)
+    g = torch.randn(*shape)
+    u, _, vt = torch.linalg.svd(g, full_matrices=False)
+    inner = u.mT @ orthogonal(g) @ vt.mT
+    level = inner.diagonal(dim1=1, dim2=2)
+    assert 0.6 < level.min() and level.max() < 1.25
+    assert (inner - torch.diag_embed(level)).abs().max() < 1e-4
+
+
+def two_models():
+    """A model and its copy, with the same gradients set_gradients() gives both."""
+    a = small(num_classes=3)
+    b = copy.deepcopy(a)
+
+    def set_gradients(seed):
+        torch.manual_seed(seed)
+        for p, q in zip(a.parameters(), b.parameters()):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+
+    return a, b, set_gradients
+
+
+def test_muon_does_to_kernels_what_torchs_muon_does_and_to_the_rest_what_adamw_does():
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch.optim.Muon came with torch 2.9")
+    a, b, set_gradients = two_models()
+    ours = Muon(a.parameters(), lr=0.01, weight_decay=0.1)
+    flat = [torch.nn.Parameter(p.detach().flatten(1)) for p in b.parameters() if p.dim() == 4]
+    muon = torch.optim.Muon(flat, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW([p for p in b.parameters() if p.dim() != 4], 0.01, betas=(0.9, 0.99), weight_decay=0.1)
+    before = copy.deepcopy(a)
+    for i in range(5):
+        set_gradients(i)
+        for p, q in zip(flat, [p for p in b.parameters() if p.dim() == 4]):
+            p.grad = q.grad.flatten(1)
+        ours.step(), muon.step(), adamw.step()
+    flat = iter(flat)
+    for p, q, start in zip(a.parameters(), b.parameters(), before.parameters()):
+        if p.dim() == 4:                                 # torch's works in bfloat16
+            theirs = next(flat).view_as(p)
+            assert (p - theirs).norm() < 0.02 * (theirs - start).norm()
+        else:
+            assert torch.allclose(p, q, atol=1e-6)
+
+
+def test_muon_goes_on_from_its_state_and_leaves_alone_what_has_no_gradient():
+    a, b, set_gradients = two_models()
+    one, other = Muon(a.parameters()), Muon(b.parameters())
+    for i in range(4):
+        if i == 2:
+            state = one.state_dict()
+            other = Muon(b.parameters())
+            other.load_state_dict(copy.deepcopy(state))
+        set_gradients(i)
+        b.label.weight.grad = a.label.weight.grad = None
+        one.step(), other.step()
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    assert torch.equal(a.label.weight, small(num_classes=3).label.weight)
