@@ -1,14 +1,19 @@
-"""bench/toy2d.py at a small size: it runs as told, and straighter paths show already."""
+"""The programs in bench/ at a small size: they run as told, and what they measure is right where it is known by hand."""
 
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from configurator import draw_flowers
+
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
 
 
 def test_toy2d(tmp_path):
@@ -36,7 +41,6 @@ def test_toy2d(tmp_path):
 
 def test_wasserstein2_by_hand():
     ot = pytest.importorskip("ot")
-    sys.path.insert(0, str(ROOT / "bench"))
     from toy2d import gaussians, moons, wasserstein2
 
     assert ot is not None
@@ -46,3 +50,83 @@ def test_wasserstein2_by_hand():
     assert gaussians(50_000).norm(dim=1).mean().item() == pytest.approx(5.03, abs=0.05)
     x = moons(50_000)  # the centre of both half circles together is (0.5, 0.25), smeared by 0.1 on average
     assert x.mean(0).tolist() == pytest.approx([3 * 0.6 - 1, 3 * 0.35 - 1], abs=0.05)
+
+
+def bench(program, *args, cwd):
+    command = [sys.executable, str(ROOT / "bench" / program), *args]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def test_frechet_distance_by_hand():
+    """Of Gaussians N(m, S): |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)); with S2 = c^2 S1 that is (1 - c)^2 tr S1."""
+    from quality import frechet
+
+    torch.manual_seed(0)
+    a = torch.randn(500, 8, dtype=torch.float64) @ torch.randn(8, 8, dtype=torch.float64)
+    shift = torch.arange(8.0).double()
+    assert frechet(a, a) == pytest.approx(0, abs=1e-6)
+    assert frechet(a, a + shift) == pytest.approx(shift.square().sum().item(), rel=1e-9)
+    trace, mean = torch.cov(a.T).trace().item(), a.mean(0)
+    assert frechet(a, 3 * (a - mean) + mean) == pytest.approx(4 * trace, rel=1e-6)
+    dead = torch.cat([a, torch.zeros(500, 2).double()], 1)            # features that are always 0 do no harm
+    assert frechet(dead, dead + 1) == pytest.approx(10, rel=1e-6)
+
+
+def test_coverage_by_hand():
+    """Real points at 0, 1, 2 ... 99, whose fifth nearest is 3 away, but at the ends, where it is 3 to 5."""
+    from quality import coverage
+
+    real = torch.arange(100.0)[:, None].double()
+    assert coverage(real, real) == 1 and coverage(real, real + 1000) == 0
+    assert coverage(real, torch.tensor([[50.0]]).double()) == 7 / 100
+    assert coverage(real, torch.tensor([[0.0]]).double()) == 4 / 100          # 0, 1, 2, 3
+
+
+def test_the_judge_learns_and_tells_good_pictures_from_bad():
+    """Of flowers instead of digits, for MNIST would have to be downloaded."""
+    from quality import frechet, look, train, verdict
+
+    x, y = (torch.tensor(v) for v in draw_flowers(3000, 28))
+    x = x.permute(0, 3, 1, 2)
+    judge = train(x[:2000], y[:2000], seed=0, epochs=4, batch_size=50)
+    splits = [(x[:2000], y[:2000]), (x[2000:], y[2000:])]
+    assert (look(judge, splits[1][0])[1] == splits[1][1]).double().mean() > 0.8
+    again = train(x[:2000], y[:2000], seed=0, epochs=4, batch_size=50)
+    assert torch.equal(look(judge, x)[0], look(again, x)[0])                  # seeded
+    good = verdict(judge, splits, x[:1000], y[:1000])
+    wrong_labels = verdict(judge, splits, x[:1000], y[:1000].roll(1))
+    noisy = (x[:1000] + 80 * torch.randn(1000, 1, 28, 28)).clip(0, 255).byte()
+    bad, unlabelled = verdict(judge, splits, noisy, y[:1000]), verdict(judge, splits, x[:1000])
+    assert good[0] < bad[0] / 3 and good[1] > 0.8 and good[1] > bad[1] and good[2] > 0.8 and good[2] > bad[2]
+    assert wrong_labels[1] < 0.3 and wrong_labels[0] == good[0] and math.isnan(unlabelled[1])
+    assert sum(good[3]) == 1000 and min(good[3]) > 50
+    assert good[0] == frechet(look(judge, x[:1000])[0], look(judge, splits[1][0])[0])
+
+
+def test_quality_refuses_other_files_in_one_line(tmp_path):
+    np.savez(tmp_path / "wide.npz", np.zeros((4, 28, 30, 1), np.uint8))
+    (tmp_path / "text.npz").write_text("text")
+    for file, message in (("wide.npz", "must be uint8 (N, 28, 28, 1)"), ("text.npz", "text.npz: "), ("no.npz", "No such")):
+        done = bench("quality.py", file, cwd=tmp_path)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr
+
+
+@pytest.mark.parametrize("args, message", [(["--peers=torchcfn"], "there is no 'torchcfn'"), (["--minutes=0"], "--minutes")])
+def test_peers_refuses_in_one_line(args, message, tmp_path):
+    done = bench("peers.py", *args, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_speed(tmp_path):
+    done = bench("speed.py", "ddpm", "--channels=8", "--batch_size=4", "--sample_steps=2", "--device=cpu", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    share = re.search(r"(\d+)% of the ceiling", done.stdout)
+    assert share and 0 < int(share[1]) <= 100
+    parts = {name: float(ms) for name, ms in re.findall(r"(\w+) ([\d.]+) ms", done.stdout.split("of a step: ")[1])}
+    assert list(parts) == ["batch", "forward", "backward", "clip", "optimizer", "average"]
+    whole = float(re.search(r"GFLOP, ([\d.]+) ms", done.stdout)[1])
+    assert 0.7 * whole < sum(parts.values()) < 1.3 * whole
+    assert "convolution" in done.stdout and "100 pictures by" in done.stdout
+    done = bench("speed.py", "ddmp", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cfm or ddpm" in done.stderr
