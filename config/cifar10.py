@@ -1,0 +1,24 @@
+"""
+CIFAR-10 as both families of papers train it: the UNet of Ho et al. 2020, 35.7M parameters, plain Adam, a long average.
+For a GPU: python cfm.py config/cifar10.py, or ddpm.py. Its result has not been measured here.
+"""
+dataset = "cifar10"
+out_dir = "out/cifar10"
+conditional = False              # FID is quoted for the unconditional model
+flip = True                      # a mirrored horse is a horse
+channels = 128
+channel_mults = (1, 2, 2, 2)     # at 32, 16, 8 and 4 pixels
+n_res_blocks = 2
+attention_levels = (1, 4)        # at 16 pixels, and in the middle
+patch = 1
+dropout = 0.1
+batch_size = 128
+max_iters = 400_000
+muon = False                     # Adam, as in the published runs
+learning_rate = 2e-4
+warmup_iters = 5000
+decay_lr = False
+weight_decay = 0.0
+ema_decay = 0.9999
+log_interval = 500
+eval_interval = 10_000
