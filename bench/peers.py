@@ -1,7 +1,7 @@
 """
 The MNIST recipes of four other projects beside cfm.py and ddpm.py: the same minutes, one machine, one judge.
 
-    pip install -r requirements.txt -r bench/requirements.txt einops ema-pytorch accelerate
+    pip install -r requirements.txt -r bench/requirements.txt
     pip install --no-deps torchcfm labml-nn denoising-diffusion-pytorch
     python bench/peers.py                                    # about 80 minutes on two cores; out/peers
     python bench/peers.py --peers=torchcfm,cfm --minutes=3   # only these, and shorter
@@ -187,11 +187,11 @@ def ddpm_pytorch():
 
 
 # the recipe, what it imports, and what to install where that is missing
-RECIPES = {"torchcfm": (torchcfm, "torchcfm.models.unet", "pot && pip install --no-deps torchcfm"),
+RECIPES = {"torchcfm": (torchcfm, "torchcfm.models.unet", "-r bench/requirements.txt && pip install --no-deps torchcfm"),
            "labml": (labml, "labml_nn.diffusion.ddpm.unet", "--no-deps labml-nn"),
            "diffusers": (diffusers, "diffusers.models.unets.unet_2d", "diffusers"),
-           "ddpm-pytorch": (ddpm_pytorch, "denoising_diffusion_pytorch", "scipy einops ema-pytorch "
-                            "accelerate && pip install --no-deps denoising-diffusion-pytorch")}
+           "ddpm-pytorch": (ddpm_pytorch, "denoising_diffusion_pytorch", "-r bench/requirements.txt && "
+                            "pip install --no-deps denoising-diffusion-pytorch")}
 
 
 def run_peer(name, x, y):
