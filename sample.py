@@ -197,7 +197,7 @@ class Flow:
 
 
 @torch.no_grad()
-def draw(method, noise, y=None, steps=10, sampler="heun", guidance=1.0, eta=0.0, clip=True, atol=1e-4, rtol=1e-4,
+def draw(method, noise, y=None, steps=20, sampler="euler", guidance=1.0, eta=0.0, clip=True, atol=1e-4, rtol=1e-4,
          randn=torch.randn_like):
     """
     From noise (B, *dim) to (pictures (B, *dim) in about [-1, 1], number of evaluations of the model). y: labels
