@@ -94,7 +94,7 @@ def flat(ckpt):
 def trained(request, tmp_path_factory):
     """(script, working directory, what was printed) of a run of 40 iterations, into the default out_dir."""
     cwd = tmp_path_factory.mktemp(request.param)
-    done = run(request.param, *TINY, "--max_iters=40", "--learning_rate=5e-3", cwd=cwd)
+    done = run(request.param, *TINY, "--max_iters=40", "--learning_rate=2e-2", cwd=cwd)
     return request.param, cwd, done.stdout
 
 
@@ -342,7 +342,7 @@ def test_two_processes_do_what_one_does_in_two_micro_batches(script, tmp_path):
         torch.cat([v.flatten() for v in checkpoint(tmp_path / d)["model"].values()])
         for d in ("two", "one", "half")
     )
-    assert (two - one).norm() < 1e-3 * one.norm() < 1e-2 * one.norm() < (two - half).norm()
+    assert (two - one).norm() < 1e-2 * (two - half).norm() and (two - half).norm() > 1e-3 * one.norm()
 
 
 def test_two_processes_stop_together_and_one_goes_on(tmp_path):
