@@ -12,7 +12,6 @@ choose: a straight line, of velocity x1 - x0. Regressed on that over all pairs, 
 the lines that pass x at t, and the flow of that mean carries the noise to the distribution of the data.
 """
 import copy
-import functools
 import math
 import os
 import time
@@ -275,8 +274,8 @@ if __name__ == "__main__":
     with explained():
         model = UNet(**model_args).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = Muon if muon else functools.partial(torch.optim.AdamW, fused=True)
-    optimizer = optimizer(model.parameters(), betas=(0.9, 0.99))
+    optimizer = (Muon(model.parameters(), betas=(0.9, 0.99)) if muon else
+                 torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True))
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype == "float16")
     it, losses = 0, torch.zeros(2, device=device)                             # sum and number since the last log
     if init_from == "resume":

@@ -216,8 +216,8 @@ def choose_machine(device="auto", dtype="auto", compile="auto"):
         torch.set_float32_matmul_precision("high")
     elif sys.platform == "linux":               # glibc hands freed memory back and fetches it anew, for a fifth of a step
         with contextlib.suppress(OSError, AttributeError):                    # no glibc
-            mallopt = ctypes.CDLL(None).mallopt
-            mallopt(-3, 2**30), mallopt(-1, 2**31 - 1)                        # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(-3, 2**30)                              # M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(-1, 2**31 - 1)                          # M_TRIM_THRESHOLD
     if dtype == "auto":
         dtype = "float32" if not cuda else "bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float16"
     return device, dtype, cuda if compile == "auto" else compile

@@ -14,7 +14,6 @@ each between two Gaussians of fixed variance, hence a squared distance between t
 training drops, that is the squared distance between the noise eps in x_t and the model's prediction of it.
 """
 import copy
-import functools
 import math
 import os
 import time
@@ -260,8 +259,8 @@ if __name__ == "__main__":
     with explained():
         model = UNet(**model_args).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = Muon if muon else functools.partial(torch.optim.AdamW, fused=True)
-    optimizer = optimizer(model.parameters(), betas=(0.9, 0.99))
+    optimizer = (Muon(model.parameters(), betas=(0.9, 0.99)) if muon else
+                 torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True))
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype == "float16")
     it, losses = 0, torch.zeros(2, device=device)                             # sum and number since the last log
     if init_from == "resume":

@@ -194,8 +194,13 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["mean"] = torch.zeros_like(p)
+                    if p.dim() != 4:
+                        self.state[p].update(square=torch.zeros_like(p), step=torch.zeros((), device=p.device))
             grads, lr, weight_decay = [p.grad for p in params], group["lr"], group["weight_decay"]
-            mean = [self.state[p].setdefault("mean", torch.zeros_like(p)) for p in params]
+            mean = [self.state[p]["mean"] for p in params]
             if params and params[0].dim() == 4:
                 torch._foreach_lerp_(mean, grads, 1 - group["momentum"])
                 ahead = torch._foreach_lerp(grads, mean, group["momentum"])             # Nesterov's
@@ -204,7 +209,6 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_mul_(params, 1 - lr * weight_decay)
                 torch._foreach_add_(params, direction.reshape(-1, *params[0].shape).unbind(), alpha=-lr * size)
             elif params:
-                square = [self.state[p].setdefault("square", torch.zeros_like(p)) for p in params]
-                steps = [self.state[p].setdefault("step", torch.zeros((), device=p.device)) for p in params]
+                square, steps = ([self.state[p][name] for p in params] for name in ("square", "step"))
                 adamw(params, grads, mean, square, [], steps, fused=True, amsgrad=False, beta1=group["betas"][0],
                       beta2=group["betas"][1], lr=lr, weight_decay=weight_decay, eps=1e-8, maximize=False)
