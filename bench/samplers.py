@@ -71,8 +71,8 @@ def plot(results, file):
                  xticklabels=EVALUATIONS)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
+        axis.legend()
     axes[0][0].set_ylabel("distance / floor")
-    axes[0][-1].legend()
     plt.tight_layout()
     plt.savefig(file, dpi=80)
 
