@@ -142,7 +142,7 @@ def resume(settings, limits, checkpoint, fixed):
 
 @contextlib.contextmanager
 def explained(where="", kind=Exception):
-    """Whatever of this kind goes wrong in the block, and says why, ends as any mistake does: in one line, after where."""
+    """Whatever of this kind goes wrong in the block ends as any mistake does: in one line, which says why, after where."""
     try:
         yield
     except kind as e:
@@ -214,7 +214,7 @@ def choose_machine(device="auto", dtype="auto", compile="auto"):
     if cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    elif sys.platform == "linux":               # glibc hands freed memory back and fetches it anew, for a fifth of a step
+    elif sys.platform == "linux":               # glibc returns freed memory, to fetch it anew: a fifth of a step
         with contextlib.suppress(OSError, AttributeError):                    # no glibc
             ctypes.CDLL(None).mallopt(-3, 2**30)                              # M_MMAP_THRESHOLD
             ctypes.CDLL(None).mallopt(-1, 2**31 - 1)                          # M_TRIM_THRESHOLD

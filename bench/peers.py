@@ -43,7 +43,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from cfm import VelocityField
 from configurator import choose_machine, configure, explained, fail
 from ddpm import DenoiseDiffusion
-from quality import floors, load_judge, to_float, verdict
+from quality import floors, load_judge, look, to_float, verdict
 from sample import draw
 
 # ------------------------------------------------------------------------------------------------------------
@@ -187,7 +187,8 @@ def ddpm_pytorch():
 
 
 # the recipe, what it imports, and what to install where that is missing
-RECIPES = {"torchcfm": (torchcfm, "torchcfm.models.unet", "-r bench/requirements.txt && pip install --no-deps torchcfm"),
+RECIPES = {"torchcfm": (torchcfm, "torchcfm.models.unet", "-r bench/requirements.txt && "
+                        "pip install --no-deps torchcfm"),
            "labml": (labml, "labml_nn.diffusion.ddpm.unet", "--no-deps labml-nn"),
            "diffusers": (diffusers, "diffusers.models.unets.unet_2d", "diffusers"),
            "ddpm-pytorch": (ddpm_pytorch, "denoising_diffusion_pytorch", "-r bench/requirements.txt && "
@@ -267,11 +268,12 @@ if __name__ == "__main__":
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         judge, splits = load_judge(data_dir, device=device)
     x_train, y_train = splits[0]
-    floor = np.mean(floors(judge, splits))
+    real, _ = look(judge, splits[1][0])
+    floor = np.mean(floors(judge, real, x_train))
 
     def columns(x, y):
         """The last four, of pictures uint8 (N, 1, 28, 28) and labels or None."""
-        distance, recognised, covered, _ = verdict(judge, splits, x, y)
+        distance, recognised, covered, _ = verdict(judge, real, x, y)
         return f"{len(x)} | {distance / floor:.2f} | {recognised:.1%} | {covered:.1%}".replace("nan%", "-")
 
     table = ["| | parameters | minutes | iterations | s/step | evaluations | pictures | x floor | recognised "

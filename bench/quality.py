@@ -117,16 +117,17 @@ def load_judge(data_dir, seed=0, epochs=6, device="cpu"):
     return judge, splits
 
 
-def floors(judge, splits):
-    """The distances of each 10,000 of the training images to the test set."""
-    (x, _), (x_test, _) = splits
-    real, _ = look(judge, x_test)
+def floors(judge, real, x):
+    """The distances of each 10,000 of the training images x to the test set, of which real are the features."""
     return [frechet(look(judge, part)[0], real) for part in x.split(10_000)]
 
 
-def verdict(judge, splits, x, y=None):
-    """(distance, share recognised or nan, coverage, counts (10,)) of pictures x uint8 (N, 1, 28, 28), labels y (N,)."""
-    real, (features, classes) = look(judge, splits[1][0])[0], look(judge, x)
+def verdict(judge, real, x, y=None):
+    """
+    (distance, share recognised or nan, coverage, counts (10,)) of pictures x uint8 (N, 1, 28, 28), labels y (N,) or
+    None, beside the test set, of which real are the features.
+    """
+    features, classes = look(judge, x)
     recognised = math.nan if y is None else (classes == y).double().mean().item()
     return frechet(features, real), recognised, coverage(real, features), classes.bincount(minlength=10).tolist()
 
@@ -148,12 +149,14 @@ if __name__ == "__main__":
     with explained():
         judge, splits = load_judge(data_dir, judge_seed, judge_epochs, device)
     (x_train, y_train), (x_test, y_test) = splits
-    print(f"the judge knows {(look(judge, x_test)[1] == y_test).float().mean():.2%} of the test set")
-    floor = np.mean(floors(judge, splits))
+    real, classes = look(judge, x_test)
+    print(f"the judge knows {(classes == y_test).float().mean():.2%} of the test set")
+    floor = np.mean(floors(judge, real, x_train))
     print(f"{'':40} {'pictures':>8} {'distance':>9} {'x floor':>8} {'recognised':>10} {'coverage':>8}  counts")
     drawn = {"10,000 training images": (x_train[:10_000], y_train[:10_000])} | drawn
     for name, (x, y) in drawn.items():
-        distance, recognised, covered, counts = verdict(judge, splits, x.to(device), None if y is None else y.to(device))
+        y = None if y is None else y.to(device)
+        distance, recognised, covered, counts = verdict(judge, real, x.to(device), y)
         print(f"{name[-40:]:40} {len(x):8} {distance:9.3f} {distance / floor:8.2f} {recognised:10.2%} {covered:8.2%}  "
               + " ".join(map(str, counts)), flush=True)
     print(f"the floor, the mean of six times 10,000 training images: {floor:.3f}")

@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from configurator import choose_machine, configure, explained, load_checkpoint
-from quality import floors, load_judge, verdict
+from quality import floors, load_judge, look, verdict
 from sample import TABLEAUS, draw
 from unet import UNet
 
@@ -83,7 +83,8 @@ if __name__ == "__main__":
     device, *_ = choose_machine(device)
     with explained():
         judge, splits = load_judge(data_dir, device=device)
-    floor, results = np.mean(floors(judge, splits)), {}
+    real, _ = look(judge, splits[1][0])
+    floor, results = np.mean(floors(judge, real, splits[0][0])), {}
     for run, checkpoint in checkpoints.items():
         script, is_ddpm = importlib.import_module(checkpoint["method"]), checkpoint["method"] == "ddpm"
         config = vars(script) | checkpoint["config"]
@@ -92,7 +93,7 @@ if __name__ == "__main__":
         samplers = [s for s in script.LIMITS["sampler"] if s not in ("dopri5", "ancestral")]
         print(f"{run}, iteration {checkpoint['iteration']}:", flush=True)
         results[run] = curves(script.build(model, config, device), is_ddpm, samplers,
-                              lambda x, y: verdict(judge, splits, x, y)[0] / floor)
+                              lambda x, y: verdict(judge, real, x, y)[0] / floor)
         print(f"\n| {run} | " + " | ".join(map(str, EVALUATIONS)) + " |\n|---" + len(EVALUATIONS) * "|---:" + "|")
         for sampler, points in results[run].items():
             cells = [""] * (len(EVALUATIONS) - len(points)) + [f"{distance:.1f}" for _, distance in points]

@@ -104,8 +104,9 @@ def measure(script, config, device, dtype, compiled):
     flops = 3 * B * ema.flops(torch.zeros(1, *shape, device=device))
     print(f"\n{config['dataset']}, batch {B}, {sum(p.numel() for p in model.parameters()):,} parameters, on {device}, "
           f"{dtype}, {'compiled' if compiled else 'not compiled'}")
-    print(f"  a step: {flops / 1e9:.1f} GFLOP, {1e3 * took:.1f} ms (the first: {first:.1f} s), {B / took:.0f} pictures/s, "
-          f"{flops / took / 1e9:.0f} GFLOP/s, {flops / took / 1e9 / top:.0%} of the ceiling of {top:.0f}")
+    print(f"  a step: {flops / 1e9:.1f} GFLOP, {1e3 * took:.1f} ms (the first: {first:.1f} s), "
+          f"{B / took:.0f} pictures/s, {flops / took / 1e9:.0f} GFLOP/s, "
+          f"{flops / took / 1e9 / top:.0%} of the ceiling of {top:.0f}")
     print("  of a step: " + ", ".join(f"{name} {1e3 * statistics.median(s):.1f} ms" for name, s in spent.items()))
 
     cuda = "cuda" in device

@@ -1,4 +1,4 @@
-"""The programs in bench/ at a small size: they run as told, and what they measure is right where it is known by hand."""
+"""The programs in bench/ at a small size: they run as told, and measure right what is known by hand."""
 
 import math
 import re
@@ -89,29 +89,32 @@ def test_the_judge_learns_and_tells_good_pictures_from_bad():
     x, y = (torch.tensor(v) for v in draw_flowers(3000, 28))
     x = x.permute(0, 3, 1, 2)
     judge = train(x[:2000], y[:2000], seed=0, epochs=4, batch_size=50)
-    splits = [(x[:2000], y[:2000]), (x[2000:], y[2000:])]
-    assert (look(judge, splits[1][0])[1] == splits[1][1]).double().mean() > 0.8
+    real, classes = look(judge, x[2000:])
+    assert (classes == y[2000:]).double().mean() > 0.8
     again = train(x[:2000], y[:2000], seed=0, epochs=4, batch_size=50)
     assert torch.equal(look(judge, x)[0], look(again, x)[0])                  # seeded
-    good = verdict(judge, splits, x[:1000], y[:1000])
-    wrong_labels = verdict(judge, splits, x[:1000], y[:1000].roll(1))
+    good = verdict(judge, real, x[:1000], y[:1000])
+    wrong_labels = verdict(judge, real, x[:1000], y[:1000].roll(1))
     noisy = (x[:1000] + 80 * torch.randn(1000, 1, 28, 28)).clip(0, 255).byte()
-    bad, unlabelled = verdict(judge, splits, noisy, y[:1000]), verdict(judge, splits, x[:1000])
+    bad, unlabelled = verdict(judge, real, noisy, y[:1000]), verdict(judge, real, x[:1000])
     assert good[0] < bad[0] / 3 and good[1] > 0.8 and good[1] > bad[1] and good[2] > 0.8 and good[2] > bad[2]
     assert wrong_labels[1] < 0.3 and wrong_labels[0] == good[0] and math.isnan(unlabelled[1])
     assert sum(good[3]) == 1000 and min(good[3]) > 50
-    assert good[0] == frechet(look(judge, x[:1000])[0], look(judge, splits[1][0])[0])
+    assert good[0] == frechet(look(judge, x[:1000])[0], real)
 
 
 def test_quality_refuses_other_files_in_one_line(tmp_path):
     np.savez(tmp_path / "wide.npz", np.zeros((4, 28, 30, 1), np.uint8))
     (tmp_path / "text.npz").write_text("text")
-    for file, message in (("wide.npz", "must be uint8 (N, 28, 28, 1)"), ("text.npz", "text.npz: "), ("no.npz", "No such")):
+    messages = {"wide.npz": "must be uint8 (N, 28, 28, 1)", "text.npz": "text.npz: ", "no.npz": "No such"}
+    for file, message in messages.items():
         done = bench("quality.py", file, cwd=tmp_path)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr
 
 
-@pytest.mark.parametrize("args, message", [(["--peers=torchcfn"], "there is no 'torchcfn'"), (["--minutes=0"], "--minutes")])
+@pytest.mark.parametrize(
+    "args, message", [(["--peers=torchcfn"], "there is no 'torchcfn'"), (["--minutes=0"], "--minutes")]
+)
 def test_peers_refuses_in_one_line(args, message, tmp_path):
     done = bench("peers.py", *args, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr

@@ -1,4 +1,4 @@
-"""The UNet's promises: any size, any channels, times and labels that matter, nothing predicted before training; Muon."""
+"""The UNet's promises: any size, any channels, times and labels that matter, nothing predicted at first; and Muon."""
 
 import copy
 
