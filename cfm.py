@@ -1,7 +1,7 @@
 """
 Conditional flow matching in one file: Lipman et al. 2022 (arXiv 2210.02747), Tong et al. 2023 (arXiv 2302.00482).
 
-    python cfm.py                                                # MNIST, ten epochs; watch out/cfm
+    python cfm.py                                                # MNIST, eight epochs; watch out/cfm
     python cfm.py --sigma=0.1 --batch_size=64                    # any option below, in any order; --help lists them
     python cfm.py --dataset=path/to/pictures --image_size=64     # your own, labelled by their subfolders
     python cfm.py --init_from=resume                             # go on where a run was stopped
@@ -14,6 +14,7 @@ the lines that pass x at t, and the flow of that mean carries the noise to the d
 import copy
 import math
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -21,8 +22,9 @@ import torch
 import torch.distributed as dist
 from torchvision.utils import save_image
 
-from configurator import (choose_machine, configure, explained, fail, first_process_first, join_processes,
-                          load_checkpoint, load_data, resume, save_checkpoint, start_run, stop_signals)
+from configurator import (choose_machine, configure, explained, fail, first_process_first, if_the_disk_allows,
+                          join_processes, load_checkpoint, load_data, resume, save_checkpoint, start_run,
+                          stop_signals, whole)
 from unet import Muon, UNet
 
 # ------------------------------------------------------------------------------------------------------------
@@ -235,24 +237,32 @@ def guided(model, t, x, y, scale):
     return unlabelled + scale * (labelled - unlabelled)
 
 
+LIMITS |= {
+    "eval_interval log_interval batch_size gradient_accumulation_steps max_iters": (1, math.inf),
+    "channels channel_mults n_res_blocks patch sample_steps": (1, math.inf),
+    "learning_rate warmup_iters weight_decay grad_clip image_size attention_levels guidance": (0, math.inf),
+    "seed": (0, 2**63 - 1), "label_dropout dropout ema_decay": (0, 1), "init_from": ["scratch", "resume"],
+    "compile": ["auto", True, False],
+    "dtype": ["auto", "float32", "bfloat16", "float16"]}
+
 if __name__ == "__main__":
     from sample import draw
 
-    LIMITS |= {
-        "eval_interval log_interval batch_size gradient_accumulation_steps max_iters": (1, math.inf),
-        "channels channel_mults n_res_blocks patch sample_steps": (1, math.inf),
-        "learning_rate warmup_iters weight_decay grad_clip image_size attention_levels guidance": (0, math.inf),
-        "seed": (0, 2**63 - 1), "label_dropout dropout ema_decay": (0, 1), "init_from": ["scratch", "resume"],
-        "dtype": ["auto", "float32", "bfloat16", "float16"], "compile": ["auto", True, False]}
     config = configure(globals(), LIMITS)
     ckpt_path, log_path = Path(out_dir, "ckpt.pt"), Path(out_dir, "log.csv")
     if init_from == "resume":
         checkpoint = load_checkpoint(ckpt_path, METHOD)
         config = resume(globals(), LIMITS, checkpoint, FIXED)
-    elif ckpt_path.exists() and not overwrite:
+    elif any(Path(out_dir).glob("ckpt*.pt")) and not overwrite:
         fail(f"{out_dir} holds a run: continue it by --init_from=resume, or add --overwrite, or another --out_dir")
-    with explained():
-        build(None, config, "cpu")                                            # do the options go together?
+    shape = "channels", "channel_mults", "n_res_blocks", "attention_levels", "dropout", "patch"
+    model_args = {k: config[k] for k in shape}
+    with explained():                                                         # do the options go together?
+        build(None, config, "cpu")
+        with torch.device("meta"):
+            UNet(**model_args)
+    if guidance != 1 and not conditional:
+        fail(f"--guidance={guidance}: without labels there is nothing to be guided by")
 
     # device, precision, processes
     device, dtype, compile = choose_machine(device, dtype, compile)
@@ -265,14 +275,12 @@ if __name__ == "__main__":
     (x_train, y_train), (x_val, y_val) = [(x.to(device), y.to(device)) for x, y in splits]
     num_classes = int(max(y_train.max(), y_val.max())) + 1
     if guidance != 1 and not num_classes:
-        fail(f"--guidance={guidance}: without labels there is nothing to be guided by")
+        fail(f"--guidance={guidance}: {dataset} has no labels to be guided by")
 
     # model, its average, optimizer
     torch.manual_seed(seed)
-    shape = "channels", "channel_mults", "n_res_blocks", "attention_levels", "dropout", "patch"
-    model_args = {k: config[k] for k in shape} | {"in_channels": x_train.shape[1], "num_classes": num_classes}
-    with explained():
-        model = UNet(**model_args).to(device, memory_format=torch.channels_last)
+    model_args |= {"in_channels": x_train.shape[1], "num_classes": num_classes}
+    model = UNet(**model_args).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = (Muon(model.parameters(), betas=(0.9, 0.99)) if muon else
                  torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True))
@@ -285,7 +293,8 @@ if __name__ == "__main__":
             for name, part in dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler).items():
                 if name != "scaler" or scaler.is_enabled() and checkpoint["scaler"]:
                     part.load_state_dict(checkpoint[name])
-        it, losses = checkpoint["iteration"], checkpoint["losses"].to(device)
+            losses.copy_(checkpoint["losses"])
+        it = checkpoint["iteration"]
     net = torch.compile(model) if compile else model
     net = torch.nn.parallel.DistributedDataParallel(net) if world > 1 else net
     trained, averaged = build(net, config, device), build(ema, config, device)
@@ -302,7 +311,7 @@ if __name__ == "__main__":
     pictures_per_iter = batch_size * gradient_accumulation_steps * world
     if rank == 0:
         with explained(f"--out_dir={out_dir}: "):
-            start_run(ckpt_path, log_path, init_from, it)
+            log, lock = start_run(ckpt_path, log_path, init_from, it)         # the lock lasts while it has a name
         print(f"{METHOD} on {dataset}: {len(x_train)} pictures of {tuple(x_val.shape[1:])}, {num_classes} classes\n"
               f"{sum(p.numel() for p in model.parameters()):,} parameters, "
               f"{ema.flops(x_val[:1]) / 1e6:.1f} MFLOP a picture in a forward pass\n"
@@ -310,7 +319,7 @@ if __name__ == "__main__":
               f"iterations {it} to {max_iters}, of {pictures_per_iter} pictures each\n"
               f"samples, log.csv and ckpt.pt go to {Path(out_dir).resolve()}", flush=True)
 
-    last, last_time = it, time.time()                                         # of the latest log line
+    saved, last, last_time = it, it, time.time()                              # the latest checkpoint, log line
     while it < max_iters and not stop:
         lr = learning_rate * min(1, (it + 1) / max(1, warmup_iters))
         if decay_lr:
@@ -357,27 +366,37 @@ if __name__ == "__main__":
         if not math.isfinite(mean + sum(held_out) + sum(p.detach().sum() for p in model.parameters())):
             fail(f"the loss or a weight is not finite at iteration {it}: try a smaller --learning_rate, or "
                  f"--dtype=float32; {ckpt_path}, if there is one, is from before that")
+        skipped = it - int(optimizer.state[model.conv_in.bias].get("step", 0))    # where a float16 gradient overflowed
         if evaluating or logging:
             row = [it, f"{mean:.6f}", f"{lr:.3e}", f"{speed:.0f}", *([f"{v:.6f}" for v in held_out] or [""] * 5)]
-            with log_path.open("a") as f:
-                f.write(",".join(map(str, row)) + "\n")
+            log.append(",".join(map(str, row)))
+            with if_the_disk_allows(log_path), whole(log_path) as f:
+                f.write("\n".join([*log, ""]).encode())
             print(f"iteration {it} of {max_iters}: loss {mean:.4f}, {speed:.0f} pictures/s, "
-                  f"{(max_iters - it) * pictures_per_iter / speed / 60:.1f} min left", flush=True)
+                  f"{(max_iters - it) * pictures_per_iter / speed / 60:.1f} min left"
+                  + f", {skipped} steps skipped" * (skipped > 0), flush=True)
             losses.zero_()
         if evaluating or stop:
-            save_checkpoint(ckpt_path, method=METHOD, config=config, iteration=it, losses=losses, ema=ema.state_dict(),
-                            model_args=model_args, picture_shape=tuple(x_val.shape[1:]), model=model.state_dict(),
-                            optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+            with if_the_disk_allows(ckpt_path):
+                save_checkpoint(ckpt_path, method=METHOD, config=config, iteration=it, losses=losses,
+                                ema=ema.state_dict(), model_args=model_args, picture_shape=tuple(x_val.shape[1:]),
+                                model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+                saved = it
         if evaluating:
             with autocast:
                 grid, _ = draw(averaged, noise_grid, y_grid, sample_steps, sampler, guidance)
-            save_image(grid, Path(out_dir, f"sample-{it}.png"), nrow=10, normalize=True, value_range=(-1, 1))
+            png = Path(out_dir, f"sample-{it}.png")
+            with if_the_disk_allows(png), whole(png) as f:
+                save_image(grid, f, nrow=10, normalize=True, value_range=(-1, 1), format="png")
             print("held-out loss {:.4f}, by quarter of t {:.4f} {:.4f} {:.4f} {:.4f}; ".format(*held_out)
-                  + f"drew sample-{it}.png", flush=True)
+                  + f"drew {png.name}", flush=True)
         last, last_time = it, time.time()
-    if rank == 0 and it < max_iters:
-        print(f"stopped, and saved at iteration {it}: go on by --init_from=resume --out_dir={out_dir}", flush=True)
     code = 128 + int(stop) if stop else 0
+    if rank == 0 and saved < it:
+        print(f"the end, iteration {it}, could not be saved: {ckpt_path}, if there, is older", file=sys.stderr)
+        code = 1
+    elif rank == 0 and it < max_iters:
+        print(f"stopped, and saved at iteration {it}: go on by --init_from=resume --out_dir={out_dir}", flush=True)
     if world > 1:
         dist.barrier(cpu_group)                                               # the first process may still be drawing
         os._exit(code)              # at once: taking gloo's threads down one by one now and then aborts the process

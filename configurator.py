@@ -18,6 +18,7 @@ import contextlib
 import ctypes
 import difflib
 import hashlib
+import io
 import math
 import os
 import re
@@ -27,6 +28,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +44,7 @@ NOT_A_LITERAL = (ValueError, SyntaxError, OverflowError, RecursionError, MemoryE
 
 def fail(message):
     """Say in one line what was wrong and what to do about it, and exit with code 2."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -62,11 +64,11 @@ def fit(value, default):
     return value
 
 
-def configure(settings, limits={}, argv=None):
+def configure(settings, limits={}, argv=None, saved={}):
     """
-    Override settings, a script's globals(), by argv (by default the command line) and return all options as a
-    dict. limits maps options, separated by spaces, to (least, most), or to a list of choices, which may hold
-    True and False.
+    Override settings, a script's globals(), by the options of a run that was saved, then by argv (by default the
+    command line), and return all options as a dict. limits maps options, separated by spaces, to (least, most), or
+    to a list of choices, which may hold True and False.
     """
     kinds, script = (bool, int, float, str, tuple), Path(settings["__file__"])
     defaults = {k: v for k, v in settings.items() if k.islower() and k[0] != "_" and type(v) in kinds}
@@ -79,7 +81,7 @@ def configure(settings, limits={}, argv=None):
             near = difflib.get_close_matches(key, defaults, n=1)
             fail(f"{where}: there is no such option, " + (f"did you mean {near[0]}?" if near else "--help lists them"))
         try:
-            if value not in choices.get(key, []):
+            if (type(value), value) not in [(type(c), c) for c in choices.get(key, [])]:         # 0 is not False
                 value = fit(value, True if key in flags else defaults[key])
             if value not in choices.get(key, [value]):
                 raise ValueError
@@ -91,6 +93,8 @@ def configure(settings, limits={}, argv=None):
             fail(f"{where}: {value} is not between {least} and {most}")
         settings[key] = value
 
+    for key, value in saved.items():
+        override(f"the checkpoint's {key}", key, value)
     args = list(sys.argv[1:] if argv is None else argv)
     while args:
         name, equals, value = args.pop(0).partition("=")
@@ -127,8 +131,7 @@ def resume(settings, limits, checkpoint, fixed):
     is nothing left to do.
     """
     saved, it = checkpoint["config"], checkpoint["iteration"]
-    settings.update(saved, out_dir=settings["out_dir"])
-    config = configure(settings, limits)
+    config = configure(settings, limits, saved={k: v for k, v in saved.items() if k != "out_dir"})
     for key, value in config.items():
         was = saved.get(key, value)
         if value != was and key in fixed.split():
@@ -142,7 +145,7 @@ def resume(settings, limits, checkpoint, fixed):
 
 @contextlib.contextmanager
 def explained(where="", kind=Exception):
-    """Whatever of this kind goes wrong in the block ends as any mistake does: in one line, which says why, after where."""
+    """Whatever of this kind goes wrong in the block ends as any mistake does: in one line, which says where and why."""
     try:
         yield
     except kind as e:
@@ -154,35 +157,93 @@ def load_checkpoint(path, method=None):
     What save_checkpoint() wrote, on the CPU. Executes nothing in the file; calls fail() if it is not a whole
     checkpoint, or one of another method.
     """
+    kinds = {"method": str, "config": dict, "model_args": dict, "picture_shape": tuple, "iteration": int,
+             "losses": torch.Tensor, "model": dict, "ema": dict, "optimizer": dict, "scaler": dict}
     try:
+        if damaged := zipfile.ZipFile(path).testzip():                        # torch.load() heeds no checksum
+            raise ValueError(f"{damaged} is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"method", "config", "model_args"} <= checkpoint.keys():
+        if type(checkpoint) is not dict or not all(isinstance(checkpoint.get(k), kind) for k, kind in kinds.items()):
             raise ValueError("it is another program's")
+        if not {type(k) for k in checkpoint["config"]} <= {str}:
+            raise ValueError("its options have no names")
     except Exception as e:                                                    # a damaged file raises almost anything
-        fail(f"there is no whole checkpoint {path} ({' '.join(str(e).split())[:100]})")
+        kept = previous(path)
+        fail(f"there is no whole checkpoint {path} ({' '.join(str(e).split())[:100]})"
+             + (f"; to take the one before it: mv {kept} {path}" if kept.exists() else ""))
     if checkpoint["method"] != (method or checkpoint["method"]):
         fail(f"{path} is a run of {checkpoint['method']}.py: resume it with that, or choose --out_dir")
     return checkpoint
 
 
+def previous(path):
+    """Where the checkpoint before the one at path is kept."""
+    return path.with_stem(f"{path.stem}-previous")
+
+
+@contextlib.contextmanager
+def whole(path):
+    """A file to write bytes to, which takes its place when all are written; else nothing does. Makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(f"{path}.tmp", "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(f"{path}.tmp", path)
+    finally:
+        Path(f"{path}.tmp").unlink(missing_ok=True)
+
+
 def save_checkpoint(path, **content):
-    """Writes tensors and plain values, whole or not at all: beside its place, then moved there."""
-    with open(f"{path}.tmp", "wb") as f:
-        torch.save(content, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f"{path}.tmp", path)
+    """Writes tensors and plain values, whole or not at all, and keeps what was there as previous(path)."""
+    buffer = io.BytesIO()                             # torch.save() to a full disk ends in more than an exception
+    torch.save(content, buffer)
+    with whole(path) as f:
+        f.write(buffer.getbuffer())
+        if path.exists():
+            kept = Path(f"{previous(path)}.tmp")
+            kept.unlink(missing_ok=True)
+            try:
+                os.link(path, kept)                   # not moved there: at no moment may there be none at path
+            except OSError:                           # a file system without hard links
+                shutil.copyfile(path, kept)
+            os.replace(kept, previous(path))
+
+
+@contextlib.contextmanager
+def if_the_disk_allows(path):
+    """A full disk or a folder that is gone does not end a run: what could not be written is told on stderr."""
+    try:
+        yield
+    except OSError as e:
+        print(f"could not write {path} ({e.strerror or e}), going on", file=sys.stderr, flush=True)
 
 
 def start_run(ckpt_path, log_path, init_from, iteration):
-    """Makes the folder, where a run from scratch leaves no older checkpoint; the log goes on after iteration."""
+    """
+    (the rows of the log so far, up to iteration; a lock on the folder, held as long as it is referred to). Makes the
+    folder, where a run from scratch leaves no older checkpoint; calls fail() if another run holds the lock.
+    """
     ckpt_path.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(ckpt_path.with_name(".lock"), "w")
+    with contextlib.suppress(ImportError, OSError):               # Windows, and network folders that know no locks
+        import fcntl
+
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"another run is writing to {ckpt_path.parent}: let it end, or choose another --out_dir")
     rows = ["iteration,loss,learning_rate,pictures_per_s,held_out,quarter1,quarter2,quarter3,quarter4"]
     if init_from == "scratch":
         ckpt_path.unlink(missing_ok=True)
+        previous(ckpt_path).unlink(missing_ok=True)
     elif log_path.exists():
-        rows += [row for row in log_path.read_text().splitlines()[1:] if int(row.split(",")[0]) <= iteration]
-    log_path.write_text("\n".join([*rows, ""]))
+        rows += [row for row in log_path.read_text(errors="replace").splitlines()
+                 if (n := row.split(",")[0]).isdecimal() and int(n) <= iteration]
+    with whole(log_path) as f:
+        f.write("\n".join([*rows, ""]).encode())
+    return rows, lock
 
 
 def stop_signals():
@@ -224,11 +285,23 @@ def choose_machine(device="auto", dtype="auto", compile="auto"):
 
 
 def join_processes(device):
-    """(this process's rank, their number, a group of them for tensors on the CPU): as torchrun set up, or alone."""
+    """
+    (this process's rank, their number, a group of them for tensors on the CPU): as torchrun set up, or alone. From
+    then on a process that has lost another one says so in a line, and ends.
+    """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         return 0, 1, None
+
+    def hook(kind, e, trace):
+        if issubclass(kind, RuntimeError) and ("gloo" in str(e) or "NCCL" in str(e)):
+            print(f"another process of this run has ended, and so does process {rank}: what was saved is whole, go on "
+                  f"by --init_from=resume ({str(e).splitlines()[0][:100]})", file=sys.stderr, flush=True)
+            os._exit(1)                                                       # without waiting for the other one
+        sys.__excepthook__(kind, e, trace)
+
     dist.init_process_group("nccl" if "cuda" in device else "gloo")
+    sys.excepthook = hook                                                     # over init_process_group()'s own
     return rank, world, dist.new_group(backend="gloo")
 
 
@@ -300,7 +373,12 @@ def read_folder(folder, side):
     pictures = []
     for p in files:
         try:
-            picture = ImageOps.exif_transpose(Image.open(p)).convert("RGB")
+            picture = ImageOps.exif_transpose(Image.open(p))
+            if picture.mode == "F":
+                raise ValueError("its pixels are floating-point numbers, of which none need be white")
+            if picture.mode.startswith("I"):                                  # 16 bits, of which convert() would keep
+                picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))    # the lower 8
+            picture = picture.convert("RGB")
         except Exception as e:                                                # PIL raises many kinds
             raise ValueError(f"cannot read the picture {p}, mend or remove it ({e})") from None
         pictures.append(np.asarray(ImageOps.fit(picture, (side, side)) if side else picture))     # its middle square
@@ -325,15 +403,15 @@ def load_data(dataset, data_dir="data", image_size=0, conditional=True):
     else:
         if dataset == "synthetic":
             x, y = draw_flowers(10_000, image_size or 28)
-        elif Path(dataset).is_dir():
+        elif dataset and Path(dataset).is_dir():
             x, y = read_folder(Path(dataset), image_size)
         elif Path(dataset).suffix == ".npz" and Path(dataset).is_file():
             arrays = np.load(dataset)
             x, y = arrays["arr_0"], arrays["arr_1"] if "arr_1" in arrays else np.full(len(arrays["arr_0"]), -1)
         else:
             raise ValueError("none of mnist, fashion_mnist, cifar10 and synthetic, nor a folder or an .npz file here")
-        if x.dtype != np.uint8 or x.ndim != 4 or 0 in x.shape:
-            raise ValueError(f"arr_0 must be uint8 pictures (N, H, W, C), but is {x.dtype} {x.shape}")
+        if x.dtype != np.uint8 or x.ndim != 4 or 0 in x.shape or x.shape[3] not in (1, 3, 4):
+            raise ValueError(f"arr_0 must be uint8 pictures (N, H, W, C), C 1, 3 or 4, but is {x.dtype} {x.shape}")
         if y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < -1:
             raise ValueError(f"arr_1 must be {len(x)} labels, integers from 0, but is {y.dtype} {y.shape}")
         order, n = np.random.default_rng(0).permutation(len(x)), len(x) // 10

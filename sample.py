@@ -17,7 +17,6 @@ The same seed gives the same pictures, whatever the batch_size, up to rounding.
 """
 import importlib
 import math
-import os
 import time
 from pathlib import Path
 
@@ -27,7 +26,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.utils import save_image
 
-from configurator import choose_machine, configure, explained, fail, load_checkpoint, load_data
+from configurator import choose_machine, configure, explained, fail, load_checkpoint, load_data, stop_signals, whole
 from unet import UNet
 
 # ------------------------------------------------------------------------------------------------------------
@@ -272,8 +271,11 @@ if __name__ == "__main__":
     if checkpoint["method"] not in ("ddpm", "cfm"):
         fail(f"{Path(out_dir, 'ckpt.pt')} is of another method: {checkpoint['method']}")
     script, is_ddpm = importlib.import_module(checkpoint["method"]), checkpoint["method"] == "ddpm"
-    config = vars(script) | checkpoint["config"]                              # defaults for what is newer than the run
-    num_classes, (C, H, W) = checkpoint["model_args"]["num_classes"], checkpoint["picture_shape"]
+    config = configure(dict(vars(script)), script.LIMITS, [], checkpoint["config"])    # of newer options the defaults
+    with explained(f"{Path(out_dir, 'ckpt.pt')} is of another version of this program: "):
+        model = UNet(**checkpoint["model_args"]).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+        model.load_state_dict(checkpoint["ema" if ema else "model"])
+        num_classes, (C, H, W) = checkpoint["model_args"]["num_classes"], checkpoint["picture_shape"]
 
     auto, real = sampler == "auto", task in ("reconstruct", "likelihood")
     if auto:
@@ -334,16 +336,14 @@ if __name__ == "__main__":
         with explained(f"--save={save}: "):
             (save.parent if save.suffix else save).mkdir(parents=True, exist_ok=True)
 
-    model = UNet(**checkpoint["model_args"]).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    with explained(f"{Path(out_dir, 'ckpt.pt')} is of another version of this program: "):
-        model.load_state_dict(checkpoint["ema" if ema else "model"])
-    method = script.build(model, config, device)
+    method = script.build(model.to(device), config, device)
     bound = task == "likelihood" and is_ddpm
     how = ("the bound, all steps" if bound else "ancestral, all steps" if sampler == "ancestral" else
            f"dopri5, atol {atol}, rtol {rtol}" if sampler == "dopri5" else f"{sampler}, {steps} steps")
     print(f"{task} {n_samples} pictures by {script.METHOD}, iteration {checkpoint['iteration']}: {how}, "
           f"guidance {guidance}, on {device}", flush=True)
 
+    asked, code = stop_signals(), 0
     pictures, bits, spent, start = np.empty((n_samples, H, W, C), np.uint8), [], [], time.time()
     for i in range(0, n_samples, batch_size):
         numbers, label = range(n_samples)[i:i + batch_size], y[i:i + batch_size].to(device)
@@ -378,9 +378,17 @@ if __name__ == "__main__":
                 spent.append(evaluations)
                 x = (x * 127.5 + 127.5).round().clip(0, 255).byte()
                 pictures[i:i + batch_size] = x.permute(0, 2, 3, 1).cpu().numpy()
-        if i + batch_size < n_samples:
-            done = i + batch_size
+                for n, picture in zip(numbers, pictures[i:i + batch_size] if save.suffix == "" else []):
+                    with explained(f"--save={save}: ", OSError):
+                        Image.fromarray(picture.squeeze(2) if C == 1 else picture).save(save / f"{n:06d}.png")
+        done = i + len(label)
+        if asked and done < n_samples:
+            print(f"stopped after {done} of {n_samples}", flush=True)
+            n_samples, code = done, 128 + asked[0]
+            break
+        if done < n_samples:
             print(f"{done} done, {(time.time() - start) / done * (n_samples - done) / 60:.1f} min left", flush=True)
+    pictures, y = pictures[:n_samples], y[:n_samples]
     took = f"{time.time() - start:.1f} s, {max(spent)} evaluations of the model"
 
     if task == "likelihood":
@@ -389,17 +397,15 @@ if __name__ == "__main__":
         error = f" +- {bits.sum(0).std() / math.sqrt(n_samples):.4f}" if n_samples > 1 else ""
         print(f"at most {bits.sum(0).mean():.4f}{error} bits/dim (mean of {n_samples} held-out pictures, and its error)"
               + (f", of {' + '.join(terms)}" if bound else "") + f"; {took}")
-        raise SystemExit(0)
+        raise SystemExit(code)
     if task == "reconstruct":
         gap = pictures - x_val[:n_samples].permute(0, 2, 3, 1).numpy().astype(float)
         print(f"restored to {np.sqrt((gap**2).mean()):.3f} of 255 grey levels (rms), {abs(gap).max():.0f} at worst")
-    if save.suffix == ".png":
-        save_image(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255, save, nrow=10)
-    elif save.suffix == ".npz":
-        with open(f"{save}.tmp", "wb") as f:
-            np.savez(f, pictures, *([y.numpy()] if num_classes else []))          # named arr_0, arr_1 by numpy
-        os.replace(f"{save}.tmp", save)
-    else:
-        for i, picture in enumerate(pictures):
-            Image.fromarray(picture.squeeze(2) if C == 1 else picture).save(save / f"{i:06d}.png")
+    if save.suffix:                                                           # else they are there already
+        with explained(f"--save={save}: ", OSError), whole(save) as f:
+            if save.suffix == ".png":
+                save_image(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255, f, nrow=10, format="png")
+            else:
+                np.savez(f, pictures, *([y.numpy()] if num_classes else []))          # named arr_0, arr_1 by numpy
     print(f"{took}: {save}")
+    raise SystemExit(code)

@@ -7,6 +7,8 @@ The real scripts, run as a user runs them, for a few steps on the CPU. No networ
 
 import contextlib
 import csv
+import functools
+import gc
 import io
 import math
 import os
@@ -57,6 +59,7 @@ def run_here(script, *args, cwd):
         os.chdir(here)
         for s, handler in handlers.items():
             signal.signal(s, handler)
+        gc.collect()  # of the script, and with it its lock on the folder
     return code, out.getvalue(), err.getvalue()
 
 
@@ -101,7 +104,8 @@ def trained(request, tmp_path_factory):
 def test_training_learns_and_leaves_what_it_promises(trained):
     script, cwd, printed = trained
     out = cwd / "out" / script
-    assert sorted(p.name for p in out.iterdir()) == ["ckpt.pt", "log.csv", "sample-20.png", "sample-40.png"]
+    left = [".lock", "ckpt-previous.pt", "ckpt.pt", "log.csv", "sample-20.png", "sample-40.png"]
+    assert sorted(p.name for p in out.iterdir()) == left
     assert [p.name for p in cwd.iterdir()] == ["out"]
     assert Image.open(out / "sample-40.png").size == (10 * 10 + 2, 10 * 10 + 2)  # 8 x 8, and a frame of 2
     for expected in (
@@ -401,6 +405,16 @@ def test_mixed_precision_on_the_cpu(dtype, tmp_path, monkeypatch):
     printed = here("cfm", *TINY, "--max_iters=8", f"--dtype={dtype}", "--out_dir=x", cwd=tmp_path)
     assert f"cpu, {dtype}, " in printed and getattr(torch, dtype) in seen
     assert all(p.dtype == torch.float32 for p in checkpoint(tmp_path / "x")["model"].values())
+
+
+def test_compile_on_the_cpu(tmp_path, monkeypatch):
+    """With the eager backend: what is traced and saved is what a GPU traces and saves, without minutes of compiling."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    for compile in ("true", "false"):
+        args = [*TINY, "--max_iters=8", "--sample_steps=1", f"--compile={compile}", f"--out_dir={compile}"]
+        assert (", compiled" in here("cfm", *args, cwd=tmp_path)) == (compile == "true")
+    a, b = (checkpoint(tmp_path / name)["model"] for name in ("true", "false"))
+    assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=1e-3) for k in a)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import configurator
+from test_smoke import TINY, here, sample
 
 
 def test_synthetic_is_labelled_the_same_each_time_and_of_any_size():
@@ -42,6 +43,7 @@ def test_npz_as_sample_py_writes_it(tmp_path):
     [
         {"arr_0": np.zeros((3, 4, 4, 1))},
         {"arr_0": np.zeros((3, 4, 4), np.uint8)},
+        {"arr_0": np.zeros((3, 4, 4, 2), np.uint8)},
         {"arr_0": np.zeros((0, 4, 4, 1), np.uint8), "arr_1": np.zeros(0, int)},
         {"other": np.zeros(3)},
         {"arr_0": np.zeros((3, 4, 4, 1), np.uint8), "arr_1": np.zeros(2, int)},
@@ -91,6 +93,71 @@ def test_folder_with_a_broken_picture_names_it(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="bad.png"):
         configurator.load_data(str(tmp_path))
+
+
+def grey(tmp_path, **pictures):
+    """What read_folder makes of the pictures, by name, as (H, W) arrays or (H, W, 3)."""
+    for name, picture in pictures.items():
+        picture.save(tmp_path / name.replace("_", "."))
+    x, _ = configurator.read_folder(tmp_path, 0)
+    return dict(zip(sorted(p.name for p in tmp_path.iterdir()), x))
+
+
+def test_sixteen_bits_become_their_upper_eight(tmp_path):
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    found = grey(tmp_path, a_png=Image.fromarray(ramp), b_tif=Image.fromarray(ramp), c_pgm=Image.fromarray(ramp))
+    for name in ("a.png", "b.tif", "c.pgm"):
+        assert np.array_equal(found[name][..., 0], ramp >> 8), name
+
+
+def test_palettes_cmyk_and_transparency_become_their_colours(tmp_path):
+    red = Image.new("RGB", (8, 8), (255, 0, 0))
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 128))
+    grey_alpha, one_bit = Image.new("LA", (8, 8), (255, 3)), Image.new("1", (8, 8), 1)
+    found = grey(
+        tmp_path, a_png=red.quantize(4), b_tif=red.convert("CMYK"), c_png=clear, d_png=grey_alpha, e_png=one_bit
+    )
+    for name, colour in zip("abcde", [(255, 0, 0)] * 3 + [(255, 255, 255)] * 2):
+        [picture] = [x for n, x in found.items() if n[0] == name]
+        assert (abs(picture.astype(int) - colour) <= 1).all(), name
+
+
+def test_a_photograph_is_turned_as_its_exif_says(tmp_path):
+    picture, exif = Image.new("L", (8, 6)), Image.Exif()
+    picture.paste(255, (0, 0, 4, 6))  # the left half is white
+    exif[274] = 6  # the camera lay on its side: turn by 90 degrees, so that the top is white
+    picture.save(tmp_path / "a.png", exif=exif)
+    x, _ = configurator.read_folder(tmp_path, 0)
+    assert x.shape == (1, 8, 6, 1) and x[0, 0].min() > 250 and x[0, 7].max() < 5
+
+
+def test_floating_point_pixels_are_refused_by_name(tmp_path):
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match="a.tif, mend or remove it .its pixels are floating-point"):
+        configurator.read_folder(tmp_path, 0)
+
+
+def test_a_cut_picture_among_many_is_named(tmp_path):
+    for i in range(200):
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(tmp_path / f"{i:03d}.jpg")
+    whole = (tmp_path / "117.jpg").read_bytes()
+    (tmp_path / "117.jpg").write_bytes(whole[: len(whole) * 2 // 3])
+    with pytest.raises(ValueError, match="117.jpg, mend or remove it"):
+        configurator.read_folder(tmp_path, 0)
+
+
+@pytest.mark.parametrize("shape", [(20, 1, 1, 1), (20, 17, 31, 3), (20, 8, 8, 4), (1, 8, 8, 1), (5, 6, 6, 1)])
+@pytest.mark.parametrize("script", ["ddpm", "cfm"])
+def test_odd_pictures_train_and_are_drawn(script, shape, tmp_path):
+    """One pixel, odd sides, four channels, a single picture, fewer than a batch; all of one class, and constant."""
+    np.savez(tmp_path / "odd.npz", np.full(shape, 200, np.uint8), np.zeros(shape[0], int))
+    args = [a for a in TINY if "dataset" not in a and "image_size" not in a] + ["--channels=16"]
+    here(script, *args, "--dataset=odd.npz", "--max_iters=20", "--patch=1", "--out_dir=x", cwd=tmp_path)
+    assert Image.open(tmp_path / "x" / "sample-20.png").size[0] == 10 * (shape[2] + 2) + 2
+    for save in ("x.npz", "folder", "x.png"):
+        sample("--out_dir=x", "--n_samples=3", "--steps=2", f"--save={save}", cwd=tmp_path)
+    assert np.load(tmp_path / "x.npz")["arr_0"].shape == (3, *shape[1:])
+    sample("--out_dir=x", "--task=likelihood", "--n_samples=1", cwd=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["nothing_like_it", "mnits", ""])

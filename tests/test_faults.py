@@ -1,0 +1,389 @@
+"""
+Faults that really happen to a run: it is killed, its files are damaged, its disk is full, a second run comes along.
+
+Tests of several minutes are marked long and left out, unless asked for: python -m pytest -m long
+"""
+
+import csv
+import functools
+import io
+import math
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from configurator import load_checkpoint, previous
+from test_smoke import TINY, checkpoint, command, flat, here, refused, run, run_here
+
+RESUME = ["--init_from=resume", "--out_dir=x"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+def start(script, *args, cwd, **options):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command(script, *args), cwd=cwd, **pipes, **options)
+
+
+def wait_for(process, beginning):
+    for line in process.stdout:
+        if line.startswith(beginning):
+            return
+    raise AssertionError(f"{beginning!r} never came: {process.stderr.read()}")
+
+
+def log(folder):
+    """The rows of log.csv, but for the speed."""
+    return [row[:3] + row[4:] for row in csv.reader((folder / "log.csv").open())]
+
+
+def assert_same_run(a, b):
+    one, other = flat(checkpoint(a)), flat(checkpoint(b))
+    assert len(one) == len(other) and all(torch.equal(x, y) for x, y in zip(one, other))
+    assert log(a) == log(b)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(100, marks=pytest.mark.long)])
+def test_killed_at_random_moments_nothing_whole_is_lost(kills, tmp_path):
+    """SIGKILL, most of the time spent in writing: what is there is always whole, and the end is that of one run."""
+    args = [*TINY, "--max_iters=1000000", "--decay_lr=false", "--eval_interval=2", "--log_interval=3", "--out_dir=x"]
+    ckpt, reached, in_writing, draw = tmp_path / "x" / "ckpt.pt", 0, 0, random.Random(kills)
+    for kill in range(kills + 1):
+        process = start("cfm", *(RESUME if ckpt.exists() else args), cwd=tmp_path)
+        wait_for(process, "iteration ")
+        time.sleep(draw.uniform(0, 0.5))
+        process.send_signal(signal.SIGTERM if kill == kills else signal.SIGKILL)
+        err = process.communicate(timeout=60)[1]
+        assert process.returncode == (128 + signal.SIGTERM if kill == kills else -signal.SIGKILL), err
+        if ckpt.exists():
+            in_writing += any(ckpt.parent.glob("*.tmp"))
+            assert load_checkpoint(ckpt)["iteration"] >= reached
+            reached = load_checkpoint(ckpt)["iteration"]
+        if previous(ckpt).exists():
+            assert load_checkpoint(previous(ckpt))["iteration"] <= reached
+    assert reached > kills and (kills < 100 or in_writing > 3)
+    print(f"\n{kills} kills, {in_writing} of them while a file was being written, {reached} iterations")
+    straight = [*args[:-1], "--out_dir=straight", f"--max_iters={reached}"]
+    here("cfm", *straight, cwd=tmp_path)
+    a, b = tmp_path / "straight", tmp_path / "x"
+    one, other = (flat(checkpoint(folder) | {"losses": torch.zeros(2)}) for folder in (a, b))
+    assert len(one) == len(other) and all(torch.equal(x, y) for x, y in zip(one, other))
+    at_end = {str(reached)}  # the straight run evaluates at its end, the other one was stopped there
+    assert [r for r in log(a) if r[0] not in at_end] == [r for r in log(b) if r[0] not in at_end]
+
+
+@pytest.mark.parametrize("script", ["ddpm", "cfm"])
+@pytest.mark.parametrize("stops", [(1,), (7, 8), (19, 20, 21), (28, 39)])
+def test_interrupted_anywhere_a_run_ends_as_if_it_had_not_been(script, stops, tmp_path, monkeypatch):
+    """All that is random is on, and accumulation; stopped by SIGTERM after the iterations named."""
+    args = [*TINY, "--max_iters=40", "--dropout=0.2", "--label_dropout=0.3", "--flip"]
+    args += ["--gradient_accumulation_steps=2"]
+    here(script, *args, "--out_dir=straight", cwd=tmp_path)
+    clip, iteration = torch.nn.utils.clip_grad_norm_, [0]
+
+    def stopping(*a):  # called once an iteration
+        iteration[0] += 1
+        if iteration[0] in stops:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return clip(*a)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", stopping)
+    for n, stop in enumerate([*stops, 40]):
+        code, out, err = run_here(script, *(RESUME if n else [*args, "--out_dir=x"]), cwd=tmp_path)
+        assert code == (128 + signal.SIGTERM if stop < 40 else 0), out + err
+        assert checkpoint(tmp_path / "x")["iteration"] == stop
+    assert_same_run(tmp_path / "straight", tmp_path / "x")
+
+
+def test_another_max_iters_goes_on_by_the_schedule_of_that_run_and_says_so(tmp_path):
+    here("cfm", *TINY, "--max_iters=20", "--out_dir=x", cwd=tmp_path)
+    printed = here("cfm", *RESUME, "--max_iters=40", "--batch_size=8", cwd=tmp_path)
+    assert "resuming with max_iters = 40, which was 20" in printed and "batch_size = 8, which was 16" in printed
+    rates = {int(row[0]): float(row[2]) for row in log(tmp_path / "x")[1:]}
+    for it in (24, 32, 40):
+        assert rates[it] == pytest.approx(6e-3 * (1 + math.cos(math.pi * (it - 1) / 40)) / 2, rel=1e-3)
+    for option in ("channels=16", "dataset=mnist", "image_size=16", "sigma=1.0", "path=vp", "muon=false"):
+        args = [*RESUME, "--max_iters=80", f"--{option}"]
+        refused("cfm", *args, cwd=tmp_path, message=f"--{option.split('=')[0]}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_while_a_grid_is_drawn(number, tmp_path):
+    args = [*TINY, "--sampler=ancestral", "--eval_interval=4", "--max_iters=100", "--out_dir=x"]
+    process = start("ddpm", *args, cwd=tmp_path)
+    wait_for(process, "iteration 4 ")  # 1000 steps of drawing follow
+    time.sleep(0.3)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + number and "drew sample-4.png" in out and err == ""
+    assert "stopped, and saved at iteration 5" in out and checkpoint(tmp_path / "x")["iteration"] == 5
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def bad_checkpoints(whole):
+    """(what it is, bytes) of files that are no checkpoint, though some begin as one."""
+    for share in (0.999, 0.5, 0.1, 0.001):
+        yield f"cut to {share}", whole[: int(len(whole) * share)]
+    yield "empty", b""
+    yield "text", b"something else"
+    yield "a pickle that would run code", pickle.dumps(Hostile())
+    content = torch.load(io.BytesIO(whole), weights_only=True)
+    for what, change in {
+        "hostile": {"model": Hostile()},
+        "hostile config": {"config": {**content["config"], "dataset": Hostile()}},
+        "no config": {"config": None},
+        "no iteration": {"iteration": "many"},
+        "an option out of range": {"config": {**content["config"], "sample_steps": -3}},
+        "an option of the wrong type": {"config": {**content["config"], "sample_steps": "x"}},
+        "an option that is a global": {"config": {**content["config"], "UNet": 1}},
+        "an option without a name": {"config": {**content["config"], 3: 1}},
+        "another model": {"model_args": {**content["model_args"], "channels": 6}},
+        "no model": {"model_args": {"channels": "x"}},
+        "weights missing": {"model": {}, "ema": {}},
+    }.items():
+        yield what, saved({**content, **change})
+    yield "a tensor", saved(torch.zeros(3))
+    yield "another program's", saved({"model": {}, "epoch": 3})
+
+
+def saved(content):
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module", params=["ddpm", "cfm"])
+def ran(request, tmp_path_factory):
+    """(script, folder) of a run of 40 iterations in x."""
+    cwd = tmp_path_factory.mktemp(request.param)
+    here(request.param, *TINY, "--max_iters=40", "--out_dir=x", cwd=cwd)
+    return request.param, cwd
+
+
+def test_what_is_no_checkpoint_is_refused_and_executes_nothing(ran, tmp_path):
+    script, cwd = ran
+    (tmp_path / "x").mkdir()
+    for what, content in bad_checkpoints((cwd / "x" / "ckpt.pt").read_bytes()):
+        (tmp_path / "x" / "ckpt.pt").write_bytes(content)
+        print(what)
+        refused(script, *RESUME, "--max_iters=80", cwd=tmp_path, message="")
+        refused("sample", "--out_dir=x", "--n_samples=1", cwd=tmp_path, message="")
+        refused(script, *TINY, "--out_dir=x", cwd=tmp_path, message="holds a run")
+        assert (tmp_path / "x" / "ckpt.pt").read_bytes() == content
+
+
+def test_a_flipped_bit_is_noticed_or_makes_no_difference(ran, tmp_path, capsys):
+    script, cwd = ran
+    whole, draw = (cwd / "x" / "ckpt.pt").read_bytes(), random.Random(0)
+    good, noticed = flat(checkpoint(cwd / "x")), 0
+    for _ in range(100):
+        content, at = bytearray(whole), draw.randrange(len(whole))
+        content[at] ^= 1 << draw.randrange(8)
+        (tmp_path / "ckpt.pt").write_bytes(content)
+        try:
+            found = flat(load_checkpoint(tmp_path / "ckpt.pt"))
+            assert all(torch.equal(a, b) for a, b in zip(good, found))
+        except SystemExit as e:
+            err = capsys.readouterr().err
+            assert e.code == 2 and err.count("\n") == 1 and str(tmp_path / "ckpt.pt") in err
+            noticed += 1
+    assert noticed > 50
+
+
+def test_the_checkpoint_before_the_newest_is_kept_and_can_take_its_place(ran, tmp_path):
+    script, cwd = ran
+    shutil.copytree(cwd / "x", tmp_path / "x")
+    ckpt = tmp_path / "x" / "ckpt.pt"
+    assert load_checkpoint(previous(ckpt))["iteration"] == 20
+    content = bytearray(ckpt.read_bytes())
+    content[len(content) // 2] ^= 1
+    ckpt.write_bytes(content)
+    refused(script, *RESUME, cwd=tmp_path, message="to take the one before it: mv x/ckpt-previous.pt x/ckpt.pt")
+    previous(ckpt).rename(ckpt)
+    assert "iterations 20 to 40" in here(script, *RESUME, cwd=tmp_path)
+    assert_same_run(cwd / "x", tmp_path / "x")
+
+
+def test_damaged_data_is_refused_by_name(tmp_path):
+    pictures = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 1), dtype=np.uint8)
+    np.savez(tmp_path / "good.npz", pictures, np.arange(30) % 3)
+    whole = (tmp_path / "good.npz").read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    np.savez(tmp_path / "hostile.npz", np.array([Hostile()], dtype=object))
+    bad = {"cut": whole[:-500], "empty": b"", "text": b"x", "flipped": bytes(flipped)}
+    bad["pickle"] = pickle.dumps(Hostile())
+    for name, content in (bad | {"hostile": (tmp_path / "hostile.npz").read_bytes()}).items():
+        (tmp_path / f"{name}.npz").write_bytes(content)
+        refused("cfm", f"--dataset={name}.npz", *TINY[1:], cwd=tmp_path, message=f"--dataset={name}.npz: ")
+    here("cfm", "--dataset=good.npz", "--image_size=0", *TINY[2:], "--max_iters=1", "--out_dir=x", cwd=tmp_path)
+
+
+def test_a_step_that_overflows_float16_is_skipped_and_counted(tmp_path, monkeypatch):
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**28)  # halved until the gradients are finite
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    args = ["--max_iters=40", "--log_interval=20", "--dtype=float16", "--out_dir=x"]
+    printed = here("cfm", *TINY[:-4], "--eval_interval=40", "--device=cpu", *args, cwd=tmp_path)
+    skipped = [int(line.split(" steps skipped")[0].split()[-1]) for line in printed.splitlines() if "skipped" in line]
+    assert len(skipped) == 2 and 0 < skipped[0] <= skipped[1] < 20
+    assert checkpoint(tmp_path / "x")["scaler"]["scale"] < 2.0**28
+
+
+def limit(size):
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def test_a_full_disk_is_told_and_does_not_end_the_run(tmp_path):
+    """Files may at first not grow beyond 100 kB: the checkpoint does not fit, the log and the pictures do."""
+    args = [*TINY, "--max_iters=1000000", "--decay_lr=false", "--out_dir=x"]
+    process = start("cfm", *args, cwd=tmp_path, preexec_fn=limit(100_000))
+    wait_for(process, "iteration 44 ")
+    assert sorted(p.name for p in (tmp_path / "x").iterdir()) == [".lock", "log.csv", "sample-20.png", "sample-40.png"]
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    wait_for(process, "iteration 84 ")
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "stopped, and saved" in out
+    assert err.splitlines() == ["could not write x/ckpt.pt (File too large), going on"] * len(err.splitlines()) != []
+    state, before = checkpoint(tmp_path / "x"), (tmp_path / "x" / "ckpt.pt").read_bytes()
+    process = start("cfm", *RESUME, f"--max_iters={state['iteration'] + 20}", cwd=tmp_path, preexec_fn=limit(100_000))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "could not be saved: x/ckpt.pt, if there, is older" in err
+    assert (tmp_path / "x" / "ckpt.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("in_its_place", ["nothing", "a file"])
+def test_a_folder_that_vanishes(in_its_place, tmp_path):
+    process = start("ddpm", *TINY, "--max_iters=1000000", "--decay_lr=false", "--out_dir=x", cwd=tmp_path)
+    wait_for(process, "iteration 24 ")
+    (tmp_path / "x").rename(tmp_path / "moved")
+    if in_its_place == "a file":
+        (tmp_path / "x").write_text("in the way")
+    wait_for(process, "iteration 64 ")
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    if in_its_place == "nothing":  # the folder is made anew, the log is whole
+        assert process.returncode == 128 + signal.SIGTERM and err == ""
+        assert [row[0] for row in log(tmp_path / "x")][1:17] == [str(i) for i in range(4, 68, 4)]
+        assert "resuming" in here("ddpm", *RESUME, "--max_iters=200", cwd=tmp_path)
+    else:
+        assert process.returncode == 1 and "could not write x/ckpt.pt" in err and "Traceback" not in err
+        assert (tmp_path / "x").read_text() == "in the way"
+        assert checkpoint(tmp_path / "moved")["iteration"] == 20
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out_dir in ("file", "file/x", "/proc/x"):
+        refused("cfm", *TINY, f"--out_dir={out_dir}", cwd=tmp_path, message=f"--out_dir={out_dir}: ")
+    here("cfm", *TINY, "--max_iters=1", "--out_dir=x", cwd=tmp_path)
+    refused("sample", "--out_dir=x", "--n_samples=1", "--save=file/x.npz", cwd=tmp_path, message="--save=file/x.npz: ")
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
+    args = [*TINY, "--max_iters=1000000", "--out_dir=x"]
+    process = start("cfm", *args, cwd=tmp_path)
+    wait_for(process, "iteration 24 ")
+    for more in ([*RESUME], [*args, "--overwrite"]):
+        second = run("cfm", *more, cwd=tmp_path, ok=False)
+        assert second.returncode == 2 and "another run is writing to x" in second.stderr
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and checkpoint(tmp_path / "x")["iteration"] >= 24
+    here("cfm", *args[:-2], "--max_iters=1", "--out_dir=x", "--overwrite", cwd=tmp_path)
+
+
+def test_four_processes_and_one_is_killed(tmp_path):
+    """The others end at once and say why; two go on with what was saved."""
+    args = [*TINY, "--max_iters=1000000", "--decay_lr=false", "--out_dir=x"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*TORCHRUN, "--nproc_per_node=4", *command("cfm", *args)[1:]], cwd=tmp_path, **pipes)
+    wait_for(process, "iteration 24 ")
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    assert len(children) == 4
+    os.kill(int(children[-1]), signal.SIGKILL)
+    killed = time.time()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and time.time() - killed < 30
+    assert "another process of this run has ended" in err and "cfm.py FAILED" in err
+    at = checkpoint(tmp_path / "x")["iteration"]
+    assert at % 20 == 0
+    two = [*TORCHRUN, "--nproc_per_node=2", *command("cfm", *RESUME, f"--max_iters={at + 4}")[1:]]
+    done = subprocess.run(two, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and f"iterations {at} to {at + 4}, of 32 pictures" in done.stdout, done.stderr
+
+
+def test_drawing_can_be_stopped_and_what_was_drawn_is_kept(ran, tmp_path):
+    script, cwd = ran
+    args = [f"--out_dir={cwd / 'x'}", "--n_samples=50000", "--batch_size=100", "--steps=2"]
+    for save in ("x.npz", "folder"):
+        process = start("sample", *args, f"--save={save}", cwd=tmp_path)
+        wait_for(process, "200 done, ")
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 128 + signal.SIGINT and err == ""
+        n = int(out.split("stopped after ")[1].split()[0])
+        kept = len(np.load(tmp_path / save)["arr_0"]) if save == "x.npz" else len(list((tmp_path / save).iterdir()))
+        assert kept == n and 200 <= n < 50000 and n % 100 == 0
+    process = start("sample", *args, "--save=big.npz", "--n_samples=5000", cwd=tmp_path, preexec_fn=limit(100_000))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and err == "sample.py: --save=big.npz: [Errno 27] File too large\n"
+    assert not list(tmp_path.glob("big*"))
+
+
+def memory(pid):
+    """Resident megabytes of a process."""
+    with open(f"/proc/{pid}/statm") as f:
+        return int(f.read().split()[1]) * resource.getpagesize() / 2**20
+
+
+@pytest.mark.long
+def test_memory_for_50000_pictures_does_not_grow_with_their_number(ran, tmp_path):
+    """But for the pictures themselves, 8 x 8 bytes each."""
+    script, cwd = ran
+    peaks = []
+    for n in (500, 50_000):
+        args = [f"--out_dir={cwd / 'x'}", f"--n_samples={n}", "--steps=10", f"--save={n}.npz"]
+        process = subprocess.Popen(command("sample", *args), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+        out = process.stdout.read()
+        _, code, usage = os.wait4(process.pid, 0)
+        assert code == 0 and np.load(tmp_path / f"{n}.npz")["arr_0"].shape == (n, 8, 8, 1)
+        peaks.append(usage.ru_maxrss / 1024)
+    assert out.count(" done, ") == 199 and peaks[1] - peaks[0] < 30, peaks
+    print(f"\npeak memory {peaks[0]:.0f} MiB for 500 pictures, {peaks[1]:.0f} for 50,000")
+
+
+@pytest.mark.long
+def test_an_hour_of_training_neither_slows_down_nor_grows(tmp_path):
+    """Of the default model, with an evaluation every half minute. NANODIFFUSION_MINUTES shortens it."""
+    minutes = float(os.environ.get("NANODIFFUSION_MINUTES", "60"))
+    args = ["--dataset=synthetic", "--max_iters=10000000", "--eval_interval=300", "--out_dir=x", "--device=cpu"]
+    process, sizes = start("cfm", *args, cwd=tmp_path), []
+    begun = time.time()
+    for line in process.stdout:
+        if line.startswith("held-out"):
+            sizes.append((time.time() - begun, memory(process.pid)))
+        if time.time() - begun > 60 * minutes:
+            break
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM and err == ""
+    speed = [float(row[3]) for row in list(csv.reader((tmp_path / "x" / "log.csv").open()))[1:]]
+    third = len(speed) // 3
+    first, last = sorted(speed[1 : third + 1])[third // 2], sorted(speed[-third:])[third // 2]
+    print(f"\n{len(speed)} log lines, median speed {first:.0f} in the first third, {last:.0f} in the last; "
+          f"memory {sizes[1][1]:.0f} MiB after {sizes[1][0]:.0f} s, {sizes[-1][1]:.0f} after {sizes[-1][0]:.0f} s")
+    assert last > 0.85 * first and sizes[-1][1] < sizes[1][1] + 50
