@@ -68,15 +68,15 @@ out_dir = "out/cfm"
 path = "icfm"                # from noise to data: icfm, ot, target, vp or sb, see the classes below
 sigma = 0.0                  # width of the path around its mean; sb needs one, such as 0.5
 t_sampling = "logit_normal"  # times to train at: most of them half way; uniform: all alike
+t_mean = -0.4                # of the normal distribution in that; below 0: more of them near the noise
 sampler = "euler"            # or midpoint, heun, rk4, dopri5, ddim, dpm++: see sample.py
-sample_steps = 20            # midpoint and heun take 2 evaluations of the model each, rk4 4
+sample_steps = 6             # midpoint and heun take 2 evaluations of the model each, rk4 4
 guidance = 1.0               # 1: the conditional model as it is; 0: the unconditional; above 1: exaggerated labels
 # ------------------------------------------------------------------------------------------------------------
 METHOD = "cfm"
 FIXED = "dataset image_size conditional channels channel_mults n_res_blocks attention_levels dropout patch muon " \
         "path sigma"
 LIMITS = {"path": ["icfm", "ot", "target", "vp", "sb"], "sigma": (0, math.inf),
-          "t_sampling": ["uniform", "logit_normal"],
           "sampler": ["euler", "midpoint", "heun", "rk4", "dopri5", "ddim", "dpm++"]}
 
 
@@ -190,16 +190,13 @@ PATHS = {"icfm": ConditionalFlowMatcher, "ot": ExactOptimalTransportConditionalF
 class VelocityField:
     """v_model(t=t, x=x, y=y), trained on the velocities of a matcher's paths, and followed from noise to data."""
 
-    def __init__(self, v_model, matcher, t_sampling="uniform"):
-        self.v_model, self.matcher, self.t_sampling = v_model, matcher, t_sampling
+    def __init__(self, v_model, matcher):
+        self.v_model, self.matcher = v_model, matcher
 
     def loss(self, x1, noise=None, y=None, u=None):
         """E |v(t, xt) - ut|^2 of pictures x1 (B, *dim), labels y (B,) or None; u, in [0, 1), may fix the times."""
         x0 = self.matcher.sample_noise_like(x1) if noise is None else noise
-        if u is None and self.t_sampling == "logit_normal":          # Esser et al. 2024, 2403.03206, section 3.1
-            t = torch.randn(len(x1), device=x1.device).sigmoid()
-        else:
-            t = torch.rand(len(x1), device=x1.device) if u is None else u
+        t = torch.rand(len(x1), device=x1.device) if u is None else u
         t = t.clamp(self.matcher.margin, 1 - self.matcher.margin)
         t, xt, ut = self.matcher.sample_location_and_conditional_flow(x0, x1, t, y=y)
         return (self.v_model(t=t, x=xt, y=y).float() - ut).square().mean()
@@ -223,7 +220,7 @@ def build(model, config, device):
         raise ValueError(f"--sampler={config['sampler']} is for straight paths, not for --path={config['path']}")
     if config["path"] in ("ot", "sb") and "task" not in config and not find_spec("scipy"):     # sample.py has a task
         raise ValueError(f"--path={config['path']} pairs noise and data with scipy: pip install scipy")
-    return VelocityField(model, matcher, config["t_sampling"])
+    return VelocityField(model, matcher)
 
 
 # ---- the rest is the same in ddpm.py and cfm.py ----
@@ -237,12 +234,18 @@ def guided(model, t, x, y, scale):
     return unlabelled + scale * (labelled - unlabelled)
 
 
+def draw_times(n, sampling, mean, device="cpu"):
+    """n times in [0, 1], all alike or logit-normal: Esser et al. 2024 (arXiv 2403.03206), section 3.1."""
+    logit_normal = sampling == "logit_normal"
+    return (mean + torch.randn(n, device=device)).sigmoid() if logit_normal else torch.rand(n, device=device)
+
+
 LIMITS |= {
     "eval_interval log_interval batch_size gradient_accumulation_steps max_iters": (1, math.inf),
     "channels channel_mults n_res_blocks patch sample_steps": (1, math.inf),
     "learning_rate warmup_iters weight_decay grad_clip image_size attention_levels guidance": (0, math.inf),
     "seed": (0, 2**63 - 1), "label_dropout dropout ema_decay": (0, 1), "init_from": ["scratch", "resume"],
-    "compile": ["auto", True, False],
+    "t_sampling": ["uniform", "logit_normal"], "compile": ["auto", True, False],
     "dtype": ["auto", "float32", "bfloat16", "float16"]}
 
 if __name__ == "__main__":
@@ -335,8 +338,9 @@ if __name__ == "__main__":
             y = torch.where(torch.rand(batch_size, device=device) < label_dropout, -1, y_train[i])
             if world > 1:
                 net.require_backward_grad_sync = micro == gradient_accumulation_steps - 1
+            u = draw_times(batch_size, t_sampling, t_mean, device)
             with autocast:
-                loss = trained.loss(x, y=y)
+                loss = trained.loss(x, y=y, u=u)
             scaler.scale(loss / gradient_accumulation_steps).backward()
             losses += torch.stack([loss.detach(), torch.ones_like(loss)])
         scaler.unscale_(optimizer)

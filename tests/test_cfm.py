@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from cfm import PATHS, ConditionalFlowMatcher, VelocityField, guided, wide
+from cfm import PATHS, ConditionalFlowMatcher, VelocityField, draw_times, guided, wide
 
 M, S = 0.3, 0.5  # the data: N(M, S^2); the noise: N(0, 1)
 
@@ -114,25 +114,27 @@ def test_loss_pairs_with_the_labels_and_keeps_them():
     assert loss < VelocityField(v_model, ConditionalFlowMatcher()).loss(x1, x0, y, torch.zeros(8))
 
 
-def test_times_are_uniform_or_logit_normal_and_a_bridge_keeps_off_its_ends():
+def test_a_bridge_keeps_off_its_ends():
     times = []
 
     def v_model(t, x, y):
         times.append(t)
         return torch.zeros_like(x)
 
-    torch.manual_seed(0)
-    for name, t_sampling in (("icfm", "uniform"), ("icfm", "logit_normal"), ("sb", "uniform")):
-        field = VelocityField(v_model, PATHS[name](0.5), t_sampling)
+    for name in ("icfm", "sb"):
+        field = VelocityField(v_model, PATHS[name](0.5))
         field.matcher.pair = lambda x0, x1, y: x0
-        field.loss(torch.zeros(100_000, 1))
-    uniform, logit_normal, bridge = times
-    assert uniform.mean().item() == pytest.approx(0.5, abs=0.01) and uniform.var().item() == pytest.approx(
-        1 / 12, rel=0.02
-    )
-    logits = torch.logit(logit_normal)
-    assert logits.mean().abs() < 0.02 and logits.std().item() == pytest.approx(1, abs=0.02)
-    assert bridge.min() == pytest.approx(1e-3) and bridge.max() == pytest.approx(1 - 1e-3)
+        field.loss(torch.zeros(1000, 1), u=torch.linspace(0, 1, 1000))
+    assert (times[0].min(), times[0].max()) == (0, 1)
+    assert times[1].min() == pytest.approx(1e-3) and times[1].max() == pytest.approx(1 - 1e-3)
+
+
+def test_times_are_uniform_or_logit_normal():
+    torch.manual_seed(0)
+    uniform, logits = draw_times(100_000, "uniform", 7), torch.logit(draw_times(100_000, "logit_normal", -0.4))
+    assert uniform.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert uniform.var().item() == pytest.approx(1 / 12, rel=0.02)
+    assert logits.mean().item() == pytest.approx(-0.4, abs=0.02) and logits.std().item() == pytest.approx(1, abs=0.02)
 
 
 def test_loss_of_the_exact_velocity_is_the_closed_form():
