@@ -1,5 +1,9 @@
 """The command line, as a user types it."""
 
+import contextlib
+import io
+import sys
+
 import pytest
 
 from configurator import configure
@@ -168,3 +172,91 @@ def test_help_is_the_scripts_own_text(script, capsys):
         configure(script, {}, ["--help"])
     assert not stop.value.code
     assert capsys.readouterr().out == "What it does.\ncount = 3  # how many\n"
+
+
+KEYS = ["count", "rate", "flag", "on", "name", "sizes", "none", "mode", "how", "where"]
+EVENTS = {"exec", "import", "os.system", "os.mkdir", "os.remove", "subprocess.Popen", "socket.connect"}
+seen, watching = [], []  # what was executed or opened for writing, while anything is in watching
+
+
+def hook(event, args):  # there is no taking it back
+    if watching and (event in EVENTS or event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")):
+        seen.append((event, args))
+
+
+sys.addaudithook(hook)
+
+
+def configured(script, args):
+    """(options, exit code, what was printed) of a command line; what it executes or writes is in seen."""
+    out, err, config, code = io.StringIO(), io.StringIO(), None, None
+    seen.clear()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        watching.append(True)
+        try:
+            config = configure(script, LIMITS, args)
+        except SystemExit as e:
+            code = e.code
+        finally:
+            watching.clear()
+    return config, code, out.getvalue(), err.getvalue()
+
+
+def assert_safe(script, args):
+    before = dict(script)
+    config, code, out, err = configured(script, args)
+    assert not seen
+    if config is None:
+        assert code is None or code == 2 and out == "" and err.count("\n") == 1 and len(err.strip()) > 20
+        assert code == 2 or "What it does." in out
+        return
+    for key, value in config.items():
+        kinds = (str, bool) if key == "how" else type(before[key])
+        assert isinstance(value, kinds) and isinstance(value, bool) >= isinstance(before[key], bool)
+        assert all(type(v) is int for v in value) if type(value) is tuple else True
+    assert 0 <= config["count"] <= 10 and 0 <= config["rate"] <= 10 and config["mode"] in ("fast", "slow")
+    assert set(script) == set(before)
+
+
+def test_whatever_is_typed_it_is_an_option_or_one_line_and_never_executed(script, tmp_path, monkeypatch):
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+    monkeypatch.chdir(tmp_path)
+    code = st.sampled_from(["__import__('os').mkdir('x')", "open('x', 'w')", "(lambda: 1)()", "[i for i in ()]", "1+1"])
+    nested = st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner) | st.tuples(inner, inner),
+        max_leaves=5,
+    )
+    value = st.text() | nested.map(repr) | code | st.sampled_from(["9" * 5000, "1e999", "-0", "(" * 200, "nan", "\0"])
+    name = st.sampled_from([*KEYS, "HIDDEN", "_private", "__file__", "help", "h"]) | st.text()
+    arg = st.builds("--{}={}".format, name, value) | st.builds("--{}".format, name) | value
+
+    @hypothesis.settings(max_examples=1500, deadline=None, database=None, derandomize=True)
+    @hypothesis.given(st.lists(arg, max_size=4))
+    def typed(args):
+        assert_safe(dict(script), args)
+
+    typed()
+    assert list(tmp_path.iterdir()) == [tmp_path / "script.py"]
+
+
+def test_whatever_a_config_file_holds_it_is_an_option_or_one_line_and_never_executed(script, tmp_path, monkeypatch):
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+    monkeypatch.chdir(tmp_path)
+    code = ["__import__('os').mkdir('x')", "open('x', 'w')", "f'{1}'", "1 if 1 else 2", "-1", "1, 2", "'x' 'y'", "1j"]
+    name, sign = st.sampled_from([*KEYS, "count, rate", "x.y"]), st.sampled_from(["=", "+=", ":"])
+    value = st.sampled_from(code) | st.integers().map(repr) | st.text().map(repr) | st.lists(st.integers()).map(repr)
+    line = st.builds("{} {} {}".format, name, sign, value)
+    other = st.sampled_from(["import os", "def f(): pass", "class A: pass", "exec('1')", "if 1: count = 2", "del on"])
+    file = st.binary() | st.lists(line | other | st.text()).map(lambda lines: "\n".join(lines).encode(errors="replace"))
+
+    @hypothesis.settings(max_examples=1500, deadline=None, database=None, derandomize=True)
+    @hypothesis.given(file)
+    def read(content):
+        (tmp_path / "preset.py").write_bytes(content)
+        assert_safe(dict(script), ["preset.py"])
+
+    read()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["preset.py", "script.py"]

@@ -1,0 +1,312 @@
+"""Wrong command lines: each gets one line that helps and exit code 2, before data are read or a folder is made."""
+
+import time
+
+import pytest
+
+import configurator
+from test_smoke import ROOT, TINY, here, run, run_here
+
+# after the options, a part of the answer
+BOTH = """
+--batch_sise=3 | did you mean batch_size?
+--lr=3 | there is no such option
+--batchsize=3 | did you mean batch_size?
+--learning-rat=3 | did you mean learning_rate?
+--maxiters=3 | did you mean max_iters?
+--METHOD=cfm | there is no such option
+--FIXED=x | there is no such option
+--LIMITS={} | there is no such option
+--__name__=x | there is no such option
+--model=unet | there is no such option
+--config=x.py | there is no such option
+--n-samples=3 | there is no such option
+--task=draw | there is no such option
+batch_size=3 | options are written --key=value
+-batch_size=3 | options are written --key=value
+-v | options are written --key=value
+train | cannot read the config file train
+config/cifar | cannot read the config file
+nowhere.py | cannot read the config file nowhere.py
+. | cannot read the config file
+binary.py | is not a config file
+code.py | is not a config file
+misspelt.py | misspelt.py:2: batchsize: there is no such option, did you mean batch_size?
+wrong.py | wrong.py:1: batch_size: expected int
+--eval_interval=0 | not between 1
+--eval_interval=-5 | not between 1
+--eval_interval=1.5 | expected int
+--eval_interval | expected int
+--log_interval=0 | not between 1
+--log_interval=often | expected int
+--init_from=resumed | expected scratch, resume, not 'resumed'
+--init_from=ckpt.pt | expected scratch, resume
+--init_from | expected scratch, resume
+--init_from=resume | there is no whole checkpoint
+--init_from=resume --out_dir=nowhere | there is no whole checkpoint nowhere/ckpt.pt
+--overwrite=maybe | expected bool
+--overwrite=2 | expected bool
+--dataset=mnits | none of mnist
+--dataset=nowhere.npz | none of mnist
+--dataset=nowhere/ | none of mnist
+--dataset= | none of mnist
+--dataset | expected str
+--image_size=-1 | not between 0
+--image_size=28x28 | expected int
+--image_size=28,28 | expected int
+--flip=sometimes | expected bool
+--conditional=no | expected bool
+--label_dropout=-0.1 | not between 0 and 1
+--label_dropout=1.1 | not between 0 and 1
+--label_dropout=10% | expected float
+--channels=0 | not between 1
+--channels=-8 | not between 1
+--channels=7 | channels must be even
+--channels=24.5 | expected int
+--channel_mults=0 | not between 1
+--channel_mults=1,-2 | not between 1
+--channel_mults=1,2.5 | expected tuple
+--channel_mults=a | expected tuple
+--channel_mults= | expected tuple
+--channel_mults=() | levels go from 0 to 0, the middle
+--n_res_blocks=0 | not between 1
+--n_res_blocks=-1 | not between 1
+--attention_levels=-1 | not between 0
+--attention_levels=3 | levels go from 0 to 2
+--attention_levels=16 | levels go from 0 to 2
+--attention_levels=all | expected tuple
+--channels=194 --channel_mults=1,1 | attention over 194 channels: they do not divide into 3 heads
+--dropout=-1 | not between 0 and 1
+--dropout=1.5 | not between 0 and 1
+--dropout=0,1 | expected float
+--patch=0 | not between 1
+--patch=-2 | not between 1
+--patch=1.5 | expected int
+--batch_size=0 | not between 1
+--batch_size=-64 | not between 1
+--batch_size=64.5 | expected int
+--batch_size=1e999 | expected int
+--batch_size=nan | expected int
+--batch_size=many | expected int
+--batch_size=True | expected int
+--batch_size=64,64 | expected int
+--batch_size=__import__('os').getpid() | expected int
+--gradient_accumulation_steps=0 | not between 1
+--gradient_accumulation_steps=0.5 | expected int
+--max_iters=0 | not between 1
+--max_iters=-1 | not between 1
+--max_iters=inf | expected int
+--muon=adam | expected bool
+--learning_rate=-1e-3 | not between 0
+--learning_rate=nan | expected float
+--learning_rate=inf | expected float
+--learning_rate=1e-3x | expected float
+--learning_rate=fast | expected float
+--learning_rate | expected float
+--warmup_iters=-1 | not between 0
+--warmup_iters=0.1 | expected int
+--decay_lr=cosine | expected bool
+--weight_decay=-0.1 | not between 0
+--weight_decay=x | expected float
+--grad_clip=-1 | not between 0
+--grad_clip=off | expected float
+--ema_decay=-0.1 | not between 0 and 1
+--ema_decay=1.5 | not between 0 and 1
+--ema_decay=off | expected float
+--device=gpu | --device=gpu cannot be used here
+--device=cuda:99 | --device=cuda:99 cannot be used here
+--device= | cannot be used here
+--device | expected str
+--dtype=float64 | expected auto, float32, bfloat16, float16
+--dtype=bf16 | expected auto, float32, bfloat16, float16
+--dtype=16 | expected auto, float32
+--compile=maybe | expected auto, True, False
+--compile=inductor | expected auto, True, False
+--seed=-1 | not between 0
+--seed=1.5 | expected int
+--seed=99999999999999999999 | not between 0
+--seed=random | expected int
+--sampler=dpm | expected
+--sampler=DDIM | expected
+--sampler | expected
+--sample_steps=0 | not between 1
+--sample_steps=-20 | not between 1
+--sample_steps=x | expected int
+--guidance=-1 | not between 0
+--guidance=strong | expected float
+--guidance=2 --conditional=false | without labels there is nothing to be guided by
+--out_dir | expected str
+"""
+DDPM = """
+--sigma=0.1 | there is no such option
+--path=ot | there is no such option
+--n_steps=0 | not between 2
+--n_steps=1 | not between 2
+--n_steps=-1000 | not between 2
+--n_steps=1e3.5 | expected int
+--schedule=sigmoid | expected linear, cosine, not 'sigmoid'
+--schedule=0 | expected linear, cosine
+--prediction=noise | expected eps, x0, v, not 'noise'
+--weighting=minsnr | expected simple, min_snr
+--variance=learned | expected fixedlarge, fixedsmall
+"""
+CFM = """
+--n_steps=10 | there is no such option
+--prediction=v | there is no such option
+--path=straight | expected icfm, ot, target, vp, sb
+--path=OT | expected icfm, ot, target, vp, sb
+--sigma=-0.1 | not between 0
+--sigma=small | expected float
+--path=sb | a Schroedinger bridge needs a sigma above 0
+--path=sb --sigma=0 | a Schroedinger bridge needs a sigma above 0
+--t_sampling=normal | expected uniform, logit_normal
+--sampler=ancestral | not 'ancestral'
+--path=vp --sampler=ddim | is for straight paths
+--path=sb --sigma=1 --sampler=dpm++ | is for straight paths
+"""
+SAMPLE = """
+--n_sample=3 | did you mean n_samples?
+--ckpt=x | there is no such option
+--guidence=2 | did you mean guidance?
+out/cfm | cannot read the config file
+--out_dir=nowhere | there is no whole checkpoint nowhere/ckpt.pt
+--out_dir | expected str
+--task=train | expected draw, interpolate, reconstruct, likelihood
+--task= | expected draw
+--n_samples=0 | not between
+--n_samples=-10 | not between 1
+--n_samples=ten | expected int
+--n_samples=1.5 | expected int
+--batch_size=0 | not between 1
+--batch_size=-1 | not between 1
+--steps=-1 | not between 0
+--steps=2.5 | expected int
+--steps=many | expected int
+--seed=-1 | not between 0
+--seed=x | expected int
+--eta=-0.5 | not between 0 and 1
+--eta=2 | not between 0 and 1
+--eta=x | expected float
+--eta=0.5 --sampler=dpm++ | goes with --sampler=ddim
+--clip=maybe | expected bool
+--ema=0.999 | expected bool
+--exact=maybe | expected bool
+--exact | goes with --task=likelihood of cfm
+--atol=0 | not between
+--rtol=-1 | not between
+--atol=tight | expected float
+--guidance=-1 | not between 0
+--guidance=x | expected float
+--labels=-1 | not between 0
+--labels=10 | the model has 0 to 9
+--labels=1,2,99 | the model has 0 to 9
+--labels=a | expected tuple
+--labels=1.5 | expected tuple
+--sampler=dpm | is not for
+--sampler=EULER | is not for
+--sampler= | is not for
+--sampler=dopri5 --steps=5 | as --atol and --rtol need
+--device=gpu | cannot be used here
+--device=cuda:99 | cannot be used here
+--save=x.jpg | must end in .png or .npz
+--save=x.npy | must end in .png or .npz
+--save=full | a new or empty folder
+--save | expected str
+--task=likelihood --guidance=2 | the model as it is
+--task=likelihood --save=x.png | printed, not saved
+--task=likelihood --labels=1 | their own labels are used
+--task=likelihood --sampler=dpm++ | cannot be run backwards
+--task=reconstruct --sampler=ddim | cannot be run backwards
+--task=reconstruct --guidance=2 | the model as it is
+--task=reconstruct --labels=1 | their own labels are used
+--task=reconstruct --exact | goes with --task=likelihood
+"""
+SAMPLE_DDPM = """
+--sampler=ancestral --steps=20 | ancestral sampling takes all 1000 steps
+--steps=1001 | the run has only 1000
+--task=likelihood --steps=10 | over all its steps
+--task=likelihood --exact | goes with --task=likelihood of cfm
+"""
+SAMPLE_CFM = """
+--sampler=ancestral | is not for cfm
+--eta=1 | goes with --sampler=ddim, not with euler
+"""
+BENCH = """
+bench/quality | nowhere.npz | nowhere.npz
+bench/quality | --judge_epochs=0 x.npz | not between 1
+bench/quality | --juge_seed=0 x.npz | did you mean judge_seed?
+bench/quality | text.npz | text.npz
+bench/speed | ddmp | ddmp
+bench/speed | cfm --batch=3 | there is no such option
+bench/samplers | --runs=nowhere | there is no whole checkpoint nowhere/ckpt.pt
+bench/samplers | --n_samples=0 | not between
+bench/peers | --minutes=-1 | not between
+bench/peers | --peers=nobody | nobody
+"""
+
+
+def lines(table):
+    return [[part.strip() for part in line.split("|")] for line in table.splitlines() if line]
+
+
+TRAINING = [(s, *line) for s, own in (("ddpm", DDPM), ("cfm", CFM)) for line in lines(BOTH + own)]
+SAMPLING = [(s, *line) for s, own in (("ddpm", SAMPLE_DDPM), ("cfm", SAMPLE_CFM)) for line in lines(SAMPLE + own)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a tiny run of each script, and with files that are no config files."""
+    cwd = tmp_path_factory.mktemp("commands")
+    for script in ("ddpm", "cfm"):
+        here(script, *TINY, "--max_iters=1", f"--out_dir={script}", cwd=cwd)
+    (cwd / "binary.py").write_bytes(bytes(range(256)))
+    (cwd / "code.py").write_text("import os\nos.mkdir('executed')\n")
+    (cwd / "misspelt.py").write_text("max_iters = 3\nbatchsize = 3\n")
+    (cwd / "wrong.py").write_text("batch_size = 'x'\n")
+    (cwd / "text.npz").write_text("no pictures")
+    (cwd / "full").mkdir()
+    (cwd / "full" / "file").write_text("")
+    return cwd
+
+
+def wrong(script, args, message, cwd, monkeypatch):
+    def read(*args, **kwargs):
+        raise AssertionError("data were read")
+
+    for name in ("fetch_mnist", "draw_flowers", "read_folder"):
+        monkeypatch.setattr(configurator, name, read)
+    before, start = sorted(cwd.rglob("*")), time.time()
+    code, out, err = run_here(script, *args.split(), cwd=cwd)
+    assert code == 2 and out == "" and err.count("\n") == 1 and message in err, (code, out, err)
+    assert time.time() - start < 1 and len(err) < 300
+    assert sorted(cwd.rglob("*")) == before
+
+
+@pytest.mark.parametrize("script, args, message", TRAINING)
+def test_training(script, args, message, folder, monkeypatch):
+    wrong(script, args, message, folder, monkeypatch)
+
+
+@pytest.mark.parametrize("script, args, message", SAMPLING)
+def test_sampling(script, args, message, folder, monkeypatch):
+    where = "" if "--out_dir" in args else f" --out_dir={script}"
+    wrong("sample", args + where, message, folder, monkeypatch)
+
+
+@pytest.mark.parametrize("script, args, message", lines(BENCH))
+def test_benchmarks(script, args, message, folder, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    wrong(script, args, message, folder, monkeypatch)
+
+
+@pytest.mark.parametrize("script, args", [("ddpm", "--n_steps=0"), ("cfm", "--path=sb"), ("sample", "--steps=-1")])
+def test_it_takes_no_longer_than_the_import_and_a_second(script, args, folder):
+    def seconds(args, code):
+        start = time.time()
+        assert run(script, args, cwd=folder, ok=False).returncode == code
+        return time.time() - start
+
+    for attempt in range(3):  # other work on the machine may disturb one
+        if seconds(args, 2) < seconds("--help", 0) + 1:
+            return
+    raise AssertionError("it takes longer")
