@@ -5,8 +5,8 @@ How many evaluations of the model does a good picture take? Each sampler with 1,
     python bench/samplers.py                                    # of out/cfm and out/ddpm; draws assets/samplers.png
     python bench/samplers.py --runs=out/cfm --n_samples=500     # of one run, and faster
 
-All samplers start from the same noise. Printed is the distance to the test set as a multiple of the floor, see
-bench/quality.py: it is larger than that of 10,000 pictures, so compare within the table only. A sampler whose step
+All samplers start from the same noise. Printed are the distance to the test set as a multiple of the floor and the share
+recognised, see bench/quality.py: the distance is larger than that of 10,000 pictures, so compare within the table only. A sampler whose step
 takes more than one evaluation has no entry where they do not suffice for one.
 """
 import importlib
@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from configurator import choose_machine, configure, explained, load_checkpoint
-from quality import floors, load_judge, look, verdict
+from quality import floors, frechet, load_judge, look
 from sample import TABLEAUS, draw
 from unet import UNet
 
@@ -42,7 +42,7 @@ def steps_for(sampler, evaluations, is_ddpm):
 
 
 def curves(method, is_ddpm, samplers, judge):
-    """{sampler: [(evaluations, what judge says of the pictures), ...]}"""
+    """{sampler: [(evaluations, distance / floor, share recognised), ...]}, as judge tells the last two."""
     noise = torch.randn(n_samples, 1, 28, 28, generator=torch.Generator().manual_seed(seed)).to(device)
     y, found = torch.arange(n_samples, device=device) % 10, {}
     for sampler in samplers:
@@ -51,8 +51,8 @@ def curves(method, is_ddpm, samplers, judge):
                 parts = [draw(method, n, labels, steps, sampler) for n, labels in
                          zip(noise.split(batch_size), y.split(batch_size))]
                 x = torch.cat([(x * 127.5 + 127.5).round().clip(0, 255).byte() for x, _ in parts])
-                found.setdefault(sampler, []).append((parts[0][1], judge(x, y)))
-                print(f"  {sampler}, {parts[0][1]} evaluations: {found[sampler][-1][1]:.2f}", flush=True)
+                found.setdefault(sampler, []).append((parts[0][1], *judge(x, y)))
+                print("  {}, {} evaluations: {:.2f}, {:.1%}".format(sampler, *found[sampler][-1]), flush=True)
     return found
 
 
@@ -66,7 +66,7 @@ def plot(results, file):
     _, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 4), sharey=True, squeeze=False)
     for axis, (run, found) in zip(axes[0], results.items()):
         for sampler, points in found.items():
-            axis.plot(*zip(*points), marker="o", label=sampler)
+            axis.plot(*list(zip(*points))[:2], marker="o", label=sampler)
         axis.set(title=run, xlabel="evaluations of the model", xscale="log", yscale="log", xticks=EVALUATIONS,
                  xticklabels=EVALUATIONS)
         axis.minorticks_off()
@@ -85,6 +85,11 @@ if __name__ == "__main__":
         judge, splits = load_judge(data_dir, device=device)
     real, _ = look(judge, splits[1][0])
     floor, results = np.mean(floors(judge, real, splits[0][0])), {}
+
+    def judged(x, y):
+        features, classes = look(judge, x)
+        return frechet(features, real) / floor, (classes == y).double().mean().item()
+
     for run, checkpoint in checkpoints.items():
         script, is_ddpm = importlib.import_module(checkpoint["method"]), checkpoint["method"] == "ddpm"
         config = vars(script) | checkpoint["config"]
@@ -92,11 +97,10 @@ if __name__ == "__main__":
         model.load_state_dict(checkpoint["ema"])
         samplers = [s for s in script.LIMITS["sampler"] if s not in ("dopri5", "ancestral")]
         print(f"{run}, iteration {checkpoint['iteration']}:", flush=True)
-        results[run] = curves(script.build(model, config, device), is_ddpm, samplers,
-                              lambda x, y: verdict(judge, real, x, y)[0] / floor)
+        results[run] = curves(script.build(model, config, device), is_ddpm, samplers, judged)
         print(f"\n| {run} | " + " | ".join(map(str, EVALUATIONS)) + " |\n|---" + len(EVALUATIONS) * "|---:" + "|")
         for sampler, points in results[run].items():
-            cells = [""] * (len(EVALUATIONS) - len(points)) + [f"{distance:.1f}" for _, distance in points]
+            cells = [""] * (len(EVALUATIONS) - len(points)) + [f"{distance:.1f} {share:.0%}" for _, distance, share in points]
             print(f"| `{sampler}` | " + " | ".join(cells) + " |")
         print(flush=True)
     plot(results, picture)
