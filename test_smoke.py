@@ -378,6 +378,7 @@ def test_the_preset_for_cifar10_runs(tmp_path):
     printed = here("ddpm", *args, "--sampler=euler", "--sample_steps=1", "--device=cpu", cwd=tmp_path)
     assert "35,746,307 parameters" in printed and "iteration 2 of 2" in printed
     state = checkpoint(tmp_path / "out" / "cifar10")
+    assert state["config"]["t_sampling"] == "uniform"
     assert state["config"]["muon"] is False and "exp_avg" in state["optimizer"]["state"][0]
 
 

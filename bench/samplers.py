@@ -5,9 +5,9 @@ How many evaluations of the model does a good picture take? Each sampler with 1,
     python bench/samplers.py                                    # of out/cfm and out/ddpm; draws assets/samplers.png
     python bench/samplers.py --runs=out/cfm --n_samples=500     # of one run, and faster
 
-All samplers start from the same noise. Printed are the distance to the test set as a multiple of the floor and the share
-recognised, see bench/quality.py: the distance is larger than that of 10,000 pictures, so compare within the table only. A sampler whose step
-takes more than one evaluation has no entry where they do not suffice for one.
+All samplers start from the same noise. Printed are the distance to the test set as a multiple of the floor and the
+share recognised, see bench/quality.py: the distance is larger than that of 10,000 pictures, so compare within the
+table only. A sampler whose step takes more than one evaluation has no entry where they do not suffice for one.
 """
 import importlib
 import math
@@ -100,7 +100,8 @@ if __name__ == "__main__":
         results[run] = curves(script.build(model, config, device), is_ddpm, samplers, judged)
         print(f"\n| {run} | " + " | ".join(map(str, EVALUATIONS)) + " |\n|---" + len(EVALUATIONS) * "|---:" + "|")
         for sampler, points in results[run].items():
-            cells = [""] * (len(EVALUATIONS) - len(points)) + [f"{distance:.1f} {share:.0%}" for _, distance, share in points]
+            cells = [f"{distance:.1f} {share:.0%}" for _, distance, share in points]
+            cells = [""] * (len(EVALUATIONS) - len(points)) + cells
             print(f"| `{sampler}` | " + " | ".join(cells) + " |")
         print(flush=True)
     plot(results, picture)

@@ -20,5 +20,7 @@ warmup_iters = 5000
 decay_lr = False
 weight_decay = 0.0
 ema_decay = 0.9999
+t_sampling = "uniform"           # as there; the default was found on MNIST
+sample_steps = 50                # and so was that of six
 log_interval = 500
 eval_interval = 10_000
