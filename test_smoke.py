@@ -382,6 +382,17 @@ def test_the_preset_for_cifar10_runs(tmp_path):
     assert state["config"]["muon"] is False and "exp_avg" in state["optimizer"]["state"][0]
 
 
+@pytest.mark.parametrize("script", ["ddpm", "cfm"])
+def test_the_preset_for_an_hour_runs(script, tmp_path):
+    """The whole model, on a few pictures of its size."""
+    pictures = np.random.default_rng(0).integers(0, 256, (20, 28, 28, 1), dtype=np.uint8)
+    np.savez(tmp_path / "few.npz", pictures, np.arange(20) % 10)
+    args = ["config/mnist_hour.py", "--dataset=few.npz", "--max_iters=2", "--log_interval=1", "--sample_steps=1"]
+    printed = here(script, *args, "--device=cpu", cwd=tmp_path)
+    assert "654,180 parameters" in printed and "iteration 2 of 2" in printed
+    assert checkpoint(tmp_path / "out" / script)["config"]["channels"] == 32
+
+
 def test_unconditional(tmp_path):
     for script in ("ddpm", "cfm"):
         here(script, *TINY, "--max_iters=1", "--conditional=false", f"--out_dir={script}", cwd=tmp_path)
