@@ -67,8 +67,8 @@ seed = 1337                  # every draw is a function of seed, iteration and m
 out_dir = "out/cfm"
 path = "icfm"                # from noise to data: icfm, ot, target, vp or sb, see the classes below
 sigma = 0.0                  # width of the path around its mean; sb needs one, such as 0.5
-t_sampling = "logit_normal"  # times to train at: most of them half way; uniform: all alike
-t_mean = -0.4                # of the normal distribution in that; below 0: more of them near the noise
+t_mean = -0.4                # times to train at: sigmoids of normal draws of this mean; below 0: nearer the noise
+t_uniform = 0.0              # share of them that is uniform instead
 sampler = "euler"            # or midpoint, heun, rk4, dopri5, ddim, dpm++: see sample.py
 sample_steps = 6             # midpoint and heun take 2 evaluations of the model each, rk4 4
 guidance = 1.0               # 1: the conditional model as it is; 0: the unconditional; above 1: exaggerated labels
@@ -234,18 +234,18 @@ def guided(model, t, x, y, scale):
     return unlabelled + scale * (labelled - unlabelled)
 
 
-def draw_times(n, sampling, mean, device="cpu"):
-    """n times in [0, 1], all alike or logit-normal: Esser et al. 2024 (arXiv 2403.03206), section 3.1."""
-    logit_normal = sampling == "logit_normal"
-    return (mean + torch.randn(n, device=device)).sigmoid() if logit_normal else torch.rand(n, device=device)
+def draw_times(n, mean, uniform, device="cpu"):
+    """n times in [0, 1]: logit-normal, as Esser et al. 2024 (arXiv 2403.03206), section 3.1, or uniform a share of them."""
+    k = round(uniform * n)
+    return torch.cat([torch.rand(k, device=device), (mean + torch.randn(n - k, device=device)).sigmoid()])
 
 
 LIMITS |= {
     "eval_interval log_interval batch_size gradient_accumulation_steps max_iters": (1, math.inf),
     "channels channel_mults n_res_blocks patch sample_steps": (1, math.inf),
     "learning_rate warmup_iters weight_decay grad_clip image_size attention_levels guidance": (0, math.inf),
-    "seed": (0, 2**63 - 1), "label_dropout dropout ema_decay": (0, 1), "init_from": ["scratch", "resume"],
-    "t_sampling": ["uniform", "logit_normal"], "compile": ["auto", True, False],
+    "seed": (0, 2**63 - 1), "label_dropout dropout ema_decay t_uniform": (0, 1), "t_mean": (-5, 5),
+    "init_from": ["scratch", "resume"], "compile": ["auto", True, False],
     "dtype": ["auto", "float32", "bfloat16", "float16"]}
 
 if __name__ == "__main__":
@@ -338,7 +338,7 @@ if __name__ == "__main__":
             y = torch.where(torch.rand(batch_size, device=device) < label_dropout, -1, y_train[i])
             if world > 1:
                 net.require_backward_grad_sync = micro == gradient_accumulation_steps - 1
-            u = draw_times(batch_size, t_sampling, t_mean, device)
+            u = draw_times(batch_size, t_mean, t_uniform, device)
             with autocast:
                 loss = trained.loss(x, y=y, u=u)
             scaler.scale(loss / gradient_accumulation_steps).backward()

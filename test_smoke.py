@@ -242,8 +242,8 @@ def test_likelihood_by_one_command(trained):
     ]
     + [("ddpm", ["--variance=fixedsmall", "--sampler=ancestral", "--n_steps=30"]), ("ddpm", ["--n_steps=2"])]
     + [
-        ("cfm", [f"--path={p}", "--sigma=0.1", f"--t_sampling={t}"])
-        for p, t in (("ot", "uniform"), ("target", "logit_normal"), ("vp", "uniform"), ("sb", "logit_normal"))
+        ("cfm", [f"--path={p}", "--sigma=0.1", f"--t_uniform={t}"])
+        for p, t in (("ot", 1), ("target", 0), ("vp", 1), ("sb", 0.5))
     ],
 )
 def test_every_variant_learns_and_samples(script, options, tmp_path):
@@ -378,7 +378,7 @@ def test_the_preset_for_cifar10_runs(tmp_path):
     printed = here("ddpm", *args, "--sampler=euler", "--sample_steps=1", "--device=cpu", cwd=tmp_path)
     assert "35,746,307 parameters" in printed and "iteration 2 of 2" in printed
     state = checkpoint(tmp_path / "out" / "cifar10")
-    assert state["config"]["t_sampling"] == "uniform"
+    assert state["config"]["t_uniform"] == 1
     assert state["config"]["muon"] is False and "exp_avg" in state["optimizer"]["state"][0]
 
 

@@ -159,7 +159,9 @@ CFM = """
 --sigma=small | expected float
 --path=sb | a Schroedinger bridge needs a sigma above 0
 --path=sb --sigma=0 | a Schroedinger bridge needs a sigma above 0
---t_sampling=normal | expected uniform, logit_normal
+--t_uniform=1.5 | not between 0
+--t_mean=-6 | not between -5
+--t_mean=nan | expected float
 --sampler=ancestral | not 'ancestral'
 --path=vp --sampler=ddim | is for straight paths
 --path=sb --sigma=1 --sampler=dpm++ | is for straight paths
