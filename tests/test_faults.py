@@ -377,10 +377,10 @@ def test_an_hour_of_training_neither_slows_down_nor_grows(tmp_path):
         if line.startswith("held-out"):
             sizes.append((time.time() - begun, memory(process.pid)))
         if time.time() - begun > 60 * minutes:
+            process.send_signal(signal.SIGTERM)
             break
-    process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM and err == ""
+    assert process.returncode in (0, 128 + signal.SIGTERM) and err == ""  # 0: a run that is wanted is at its end
     speed = [float(row[3]) for row in list(csv.reader((tmp_path / "x" / "log.csv").open()))[1:]]
     third = len(speed) // 3
     first, last = sorted(speed[1 : third + 1])[third // 2], sorted(speed[-third:])[third // 2]
