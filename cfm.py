@@ -1,15 +1,15 @@
 """
-Conditional flow matching in one file: Lipman et al. 2022 (arXiv 2210.02747), Tong et al. 2023 (arXiv 2302.00482).
+Conditional flow matching in one file: Lipman et al. 2022 (arXiv 2210.02747), Tong et al. 2023 (2302.00482).
 
-    python cfm.py                                                # MNIST, eight epochs; watch out/cfm
-    python cfm.py --sigma=0.1 --batch_size=64                    # any option below, in any order; --help lists them
-    python cfm.py --dataset=path/to/pictures --image_size=64     # your own, labelled by their subfolders
-    python cfm.py --init_from=resume                             # go on where a run was stopped
-    torchrun --standalone --nproc_per_node=4 cfm.py              # on four GPUs
+    python cfm.py                                              # MNIST, eight epochs; watch out/cfm
+    python cfm.py --sigma=0.1 --batch_size=64                  # any option below; --help lists them
+    python cfm.py --dataset=path/to/pictures --image_size=64   # your own, labelled by their subfolders
+    python cfm.py --init_from=resume                           # go on where a run was stopped
+    torchrun --standalone --nproc_per_node=4 cfm.py            # on four GPUs
 
-Noise x0 (at t = 0) flows to data x1 (at t = 1) along dx/dt = v(t, x). The path from one x0 to one x1 is ours to
-choose: a straight line, of velocity x1 - x0. Regressed on that over all pairs, v(t, x) learns the mean velocity of
-the lines that pass x at t, and the flow of that mean carries the noise to the distribution of the data.
+Noise x0 (at t = 0) flows to data x1 (at t = 1) along dx/dt = v(t, x). The path from one x0 to one x1 is ours
+to choose: a straight line, of velocity x1 - x0. Regressed on that over all pairs, v(t, x) learns the mean
+velocity of the lines that pass x at t, and the flow of that mean carries noise to the distribution of the data.
 """
 import copy
 import math
@@ -29,17 +29,17 @@ from unet import Muon, UNet
 
 # ------------------------------------------------------------------------------------------------------------
 # output
-eval_interval = 938          # iterations between held-out losses, grids and checkpoints; 938 is an epoch of MNIST
-log_interval = 100           # iterations between log lines
-init_from = "scratch"        # or "resume": continue the run in out_dir, under its own options
-overwrite = False            # let a run from scratch replace the one in out_dir
+eval_interval = 938       # iterations between held-out losses, grids and checkpoints; 938 is an epoch of MNIST
+log_interval = 100        # iterations between log lines
+init_from = "scratch"     # or "resume": continue the run in out_dir, under its own options
+overwrite = False         # let a run from scratch replace the one in out_dir
 # data
-dataset = "mnist"            # mnist, fashion_mnist, cifar10, synthetic, a folder of pictures, or an .npz file
-data_dir = "data"            # where downloads are kept
-image_size = 0               # side to bring pictures to; 0: as they are
-flip = False                 # mirror pictures at random: never for digits
-conditional = True           # learn the labels, if there are any; false: unconditional
-label_dropout = 0.1          # share of labels hidden during training: guidance also needs the unconditional model
+dataset = "mnist"         # mnist, fashion_mnist, cifar10, synthetic, a folder of pictures, or an .npz file
+data_dir = "data"         # where downloads are kept
+image_size = 0            # side to bring pictures to; 0: as they are
+flip = False              # mirror pictures at random: never for digits
+conditional = True        # learn the labels, if there are any; false: unconditional
+label_dropout = 0.1       # share of labels hidden during training: guidance also needs the unconditional model
 # model (see unet.py)
 channels = 24
 channel_mults = (1, 2)
@@ -48,43 +48,43 @@ attention_levels = (2,)
 dropout = 0.0
 patch = 2
 # training
-batch_size = 64              # pictures a process takes at a time
+batch_size = 64           # pictures a process takes at a time
 gradient_accumulation_steps = 1
-max_iters = 7504             # as many pictures as eight epochs of MNIST
-muon = True                  # Muon for the kernels of convolutions, AdamW for the rest; false: AdamW for all
+max_iters = 7504          # as many pictures as eight epochs of MNIST
+muon = True               # Muon for the kernels of convolutions, AdamW for the rest; false: AdamW for all
 learning_rate = 6e-3
 warmup_iters = 100
-decay_lr = True              # as a cosine, to 0 at max_iters; false: constant after the warm-up
+decay_lr = True           # as a cosine, to 0 at max_iters; false: constant after the warm-up
 weight_decay = 0.01
-grad_clip = 1.0              # 0: off
-ema_decay = 0.999            # decay of the averaged weights, the ones used for sampling; ramped up from 0.1
+grad_clip = 1.0           # 0: off
+ema_decay = 0.999         # decay of the averaged weights, the ones used for sampling; ramped up from 0.1
 # machine
-device = "auto"              # cuda, cuda:1, mps or cpu; auto: the first of them that is there
-dtype = "auto"               # float32, bfloat16 or float16; auto: float32, on CUDA bfloat16 (old cards: float16)
-compile = "auto"             # torch.compile: true, false; auto: on CUDA
-seed = 1337                  # every draw is a function of seed, iteration and micro-batch
+device = "auto"           # cuda, cuda:1, mps or cpu; auto: the first of them that is there
+dtype = "auto"            # float32, bfloat16 or float16; auto: float32, on CUDA bfloat16 (old cards: float16)
+compile = "auto"          # torch.compile: true, false; auto: on CUDA
+seed = 1337               # every draw is a function of seed, iteration and micro-batch
 # the method, and the grids drawn with it
 out_dir = "out/cfm"
-path = "icfm"                # from noise to data: icfm, ot, target, vp or sb, see the classes below
-sigma = 0.0                  # width of the path around its mean; sb needs one, such as 0.5
-t_mean = -0.4                # times to train at: sigmoids of normal draws of this mean; below 0: nearer the noise
-t_uniform = 0.0              # share of them that is uniform instead
-sampler = "euler"            # or midpoint, heun, rk4, dopri5, ddim, dpm++: see sample.py
-sample_steps = 6             # midpoint and heun take 2 evaluations of the model each, rk4 4
-guidance = 1.0               # 1: the conditional model as it is; 0: the unconditional; above 1: exaggerated labels
+path = "icfm"             # from noise to data: icfm, ot, target, vp or sb, see the classes below
+sigma = 0.0               # width of the path around its mean; sb needs one, such as 0.5
+t_mean = -0.4             # times to train at: sigmoids of normal draws of this mean; below 0: nearer the noise
+t_uniform = 0.0           # share of them that is uniform instead
+sampler = "euler"         # or midpoint, heun, rk4, dopri5, ddim, dpm++: see sample.py
+sample_steps = 6          # midpoint and heun take 2 evaluations of the model each, rk4 4
+guidance = 1.0            # 1: the conditional model as is; 0: the unconditional; above 1: exaggerated labels
 # ------------------------------------------------------------------------------------------------------------
 METHOD = "cfm"
-FIXED = "dataset image_size conditional channels channel_mults n_res_blocks attention_levels dropout patch muon " \
-        "path sigma"
+FIXED = "dataset image_size conditional channels channel_mults n_res_blocks attention_levels dropout patch " \
+        "muon path sigma"
 LIMITS = {"path": ["icfm", "ot", "target", "vp", "sb"], "sigma": (0, math.inf),
           "sampler": ["euler", "midpoint", "heun", "rk4", "dopri5", "ddim", "dpm++"]}
 
 
 class ConditionalFlowMatcher:
     """
-    I-CFM of Tong et al.: the path from x0 (noise) to x1 (data) is p_t(x | x0, x1) = N(x; mu_t, sigma_t^2), whose mean
-    goes straight, mu_t = t x1 + (1 - t) x0, at constant width sigma_t = sigma. A Gaussian path has the velocity
-        u_t(x | x0, x1) = sigma_t' / sigma_t (x - mu_t) + mu_t'                        (Lipman et al., theorem 3)
+    I-CFM of Tong et al.: the path from x0 (noise) to x1 (data) is p_t(x | x0, x1) = N(x; mu_t, sigma_t^2). Its
+    mean goes straight, mu_t = t x1 + (1 - t) x0, and sigma_t = sigma. A Gaussian path has the velocity
+        u_t(x | x0, x1) = sigma_t' / sigma_t (x - mu_t) + mu_t'                     (Lipman et al., theorem 3)
     of which mu_t' = x1 - x0 is left here. x0, x1, xt, ut: (B, *dim), any rank; t: (B,) in [0, 1]; sigma >= 0.
     """
     margin = 0.0                 # how far training keeps from t = 0 and t = 1
@@ -124,7 +124,7 @@ class ConditionalFlowMatcher:
 
     def sample_location_and_conditional_flow(self, x0, x1, t=None, return_noise=False, y=None):
         """
-        (t, xt, ut), and epsilon if return_noise: where to evaluate the model and what it should say. t is uniform
+        (t, xt, ut), and epsilon if return_noise: where to evaluate the model and what it should say. Uniform t,
         unless given. Draws rand(B), then randn like x0, even if sigma is 0: one seed gives what torchcfm gives.
         """
         x0 = self.pair(x0, x1, y)
@@ -137,9 +137,9 @@ class ConditionalFlowMatcher:
 
 class ExactOptimalTransportConditionalFlowMatcher(ConditionalFlowMatcher):
     """
-    OT-CFM of Tong et al.: the same path, between pairs chosen so that the sum of their squared distances is smallest,
-    which makes the flow straighter. x0 is reordered and x1 stays, so no picture is lost and labels stay true; with
-    labels y, pairs are chosen within each class, whose noise would otherwise not be normal. Needs scipy.
+    OT-CFM of Tong et al.: the same path, between pairs chosen so that the sum of their squared distances is
+    smallest, which makes the flow straighter. x0 is reordered and x1 stays, so no picture is lost and labels
+    stay true; with labels y, pairs are chosen within each class, or its noise would not be normal. Needs scipy.
     """
 
     def pair(self, x0, x1, y=None):
@@ -164,13 +164,15 @@ class TargetConditionalFlowMatcher(ConditionalFlowMatcher):
 class VariancePreservingConditionalFlowMatcher(ConditionalFlowMatcher):
     """Albergo & Vanden-Eijnden 2022 (arXiv 2209.15571): along a quarter of a circle, constant in variance."""
     def compute_mu_t(self, x0, x1, t):
-        return torch.cos(math.pi / 2 * wide(t, x0)) * x0 + torch.sin(math.pi / 2 * wide(t, x0)) * x1
+        angle = math.pi / 2 * wide(t, x0)
+        return torch.cos(angle) * x0 + torch.sin(angle) * x1
     def compute_conditional_flow(self, x0, x1, t, xt):
-        return math.pi / 2 * (torch.cos(math.pi / 2 * wide(t, x0)) * x1 - torch.sin(math.pi / 2 * wide(t, x0)) * x0)
+        angle = math.pi / 2 * wide(t, x0)
+        return math.pi / 2 * (torch.cos(angle) * x1 - torch.sin(angle) * x0)
 
 
 class SchrodingerBridgeConditionalFlowMatcher(ExactOptimalTransportConditionalFlowMatcher):
-    """Tong et al., SB-CFM: Brownian bridges of variance sigma^2 t (1 - t) between the pairs of OT-CFM. sigma > 0"""
+    """SB-CFM of Tong et al.: Brownian bridges, of variance sigma^2 t (1 - t), between the pairs of OT-CFM."""
     margin = 1e-3                # the velocity grows without bound at both ends
     def __init__(self, sigma=1.0):
         if sigma <= 0:
@@ -178,7 +180,7 @@ class SchrodingerBridgeConditionalFlowMatcher(ExactOptimalTransportConditionalFl
         super().__init__(sigma)
     def compute_sigma_t(self, t): return self.sigma * torch.sqrt(t * (1 - t))
     def compute_conditional_flow(self, x0, x1, t, xt):
-        growth = (1 - 2 * wide(t, x0)) / (2 * wide(t, x0) * (1 - wide(t, x0)) + 1e-8)         # sigma_t' / sigma_t
+        growth = (1 - 2 * wide(t, x0)) / (2 * wide(t, x0) * (1 - wide(t, x0)) + 1e-8)     # sigma_t' / sigma_t
         return growth * (xt - self.compute_mu_t(x0, x1, t)) + x1 - x0
 
 
@@ -188,13 +190,13 @@ PATHS = {"icfm": ConditionalFlowMatcher, "ot": ExactOptimalTransportConditionalF
 
 
 class VelocityField:
-    """v_model(t=t, x=x, y=y), trained on the velocities of a matcher's paths, and followed from noise to data."""
+    """v_model(t=t, x=x, y=y), trained on the velocities of a matcher's paths, followed from noise to data."""
 
     def __init__(self, v_model, matcher):
         self.v_model, self.matcher = v_model, matcher
 
     def loss(self, x1, noise=None, y=None, u=None):
-        """E |v(t, xt) - ut|^2 of pictures x1 (B, *dim), labels y (B,) or None; u, in [0, 1), may fix the times."""
+        """E |v(t, xt) - ut|^2 for x1 (B, *dim), labels y (B,) or None. u (B,), in [0, 1), may fix the times."""
         x0 = self.matcher.sample_noise_like(x1) if noise is None else noise
         t = torch.rand(len(x1), device=x1.device) if u is None else u
         t = t.clamp(self.matcher.margin, 1 - self.matcher.margin)
@@ -217,8 +219,10 @@ def build(model, config, device):
 
     matcher = PATHS[config["path"]](config["sigma"])
     if config["path"] in ("vp", "sb") and config["sampler"] in ("ddim", "dpm++"):
-        raise ValueError(f"--sampler={config['sampler']} is for straight paths, not for --path={config['path']}")
-    if config["path"] in ("ot", "sb") and "task" not in config and not find_spec("scipy"):     # sample.py has a task
+        raise ValueError(f"--sampler={config['sampler']} is for straight paths, "
+                         f"not for --path={config['path']}")
+    training = "task" not in config                              # sample.py has one, and needs no pairs
+    if config["path"] in ("ot", "sb") and training and not find_spec("scipy"):
         raise ValueError(f"--path={config['path']} pairs noise and data with scipy: pip install scipy")
     return VelocityField(model, matcher)
 
@@ -226,7 +230,7 @@ def build(model, config, device):
 # ---- the rest is the same in ddpm.py and cfm.py ----
 
 def guided(model, t, x, y, scale):
-    """Ho & Salimans 2022 (arXiv 2207.12598): out(no label) + scale (out(y) - out(no label)), of one doubled batch."""
+    """Ho & Salimans 2022 (arXiv 2207.12598): out(no label) + scale (out(y) - out(no label)), in one call."""
     if y is None or scale == 1:
         return model(t=t, x=x, y=y).float()
     both = model(t=torch.cat([t, t]), x=torch.cat([x, x]), y=torch.cat([y, torch.full_like(y, -1)])).float()
@@ -235,7 +239,7 @@ def guided(model, t, x, y, scale):
 
 
 def draw_times(n, mean, uniform, device="cpu"):
-    """n times in [0, 1]: logit-normal, as Esser et al. 2024 (arXiv 2403.03206), section 3.1, or uniform a share of them."""
+    """n times in [0, 1], a share uniform, the rest logit-normal: Esser et al. 2024 (arXiv 2403.03206), 3.1."""
     k = round(uniform * n)
     return torch.cat([torch.rand(k, device=device), (mean + torch.randn(n - k, device=device)).sigmoid()])
 
@@ -257,7 +261,7 @@ if __name__ == "__main__":
         checkpoint = load_checkpoint(ckpt_path, METHOD)
         config = resume(globals(), LIMITS, checkpoint, FIXED)
     elif any(Path(out_dir).glob("ckpt*.pt")) and not overwrite:
-        fail(f"{out_dir} holds a run: continue it by --init_from=resume, or add --overwrite, or another --out_dir")
+        fail(f"{out_dir} holds a run: go on by --init_from=resume, or add --overwrite or another --out_dir")
     shape = "channels", "channel_mults", "n_res_blocks", "attention_levels", "dropout", "patch"
     model_args = {k: config[k] for k in shape}
     with explained():                                                         # do the options go together?
@@ -288,10 +292,10 @@ if __name__ == "__main__":
     optimizer = (Muon(model.parameters(), betas=(0.9, 0.99)) if muon else
                  torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True))
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype == "float16")
-    it, losses = 0, torch.zeros(2, device=device)                             # sum and number since the last log
+    it, losses = 0, torch.zeros(2, device=device)                          # sum and number since the last log
     if init_from == "resume":
         if checkpoint["model_args"] != model_args:
-            fail(f"--dataset={dataset} has changed: the run in {out_dir} has a model of {checkpoint['model_args']}")
+            fail(f"--dataset={dataset} has changed: the model of {out_dir} is for {checkpoint['model_args']}")
         with explained(f"{ckpt_path} is of another version of this program: "):
             for name, part in dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler).items():
                 if name != "scaler" or scaler.is_enabled() and checkpoint["scaler"]:
@@ -302,7 +306,7 @@ if __name__ == "__main__":
     net = torch.nn.parallel.DistributedDataParallel(net) if world > 1 else net
     trained, averaged = build(net, config, device), build(ema, config, device)
 
-    # what is evaluated, always the same: held-out pictures in each quarter of t, and a grid with a row for each class
+    # what is evaluated, always the same: held-out pictures in each quarter of t; a grid, a row for each class
     fixed = torch.Generator().manual_seed(0)
     x_val, y_val = x_val[:256].float() / 127.5 - 1, y_val[:256]
     noise_val = torch.randn(x_val.shape, generator=fixed).to(device)
@@ -314,15 +318,17 @@ if __name__ == "__main__":
     pictures_per_iter = batch_size * gradient_accumulation_steps * world
     if rank == 0:
         with explained(f"--out_dir={out_dir}: "):
-            log, lock = start_run(ckpt_path, log_path, init_from, it)         # the lock lasts while it has a name
-        print(f"{METHOD} on {dataset}: {len(x_train)} pictures of {tuple(x_val.shape[1:])}, {num_classes} classes\n"
+            log, lock = start_run(ckpt_path, log_path, init_from, it)     # the lock lasts while it has a name
+        print(f"{METHOD} on {dataset}: {len(x_train)} pictures of {tuple(x_val.shape[1:])}, "
+              f"{num_classes} classes\n"
               f"{sum(p.numel() for p in model.parameters()):,} parameters, "
               f"{ema.flops(x_val[:1]) / 1e6:.1f} MFLOP a picture in a forward pass\n"
-              f"{device}, {dtype}, {'compiled' if compile else 'not compiled'}, {world} process{'es' * (world > 1)}\n"
+              f"{device}, {dtype}, {'compiled' if compile else 'not compiled'}, "
+              f"{world} process{'es' * (world > 1)}\n"
               f"iterations {it} to {max_iters}, of {pictures_per_iter} pictures each\n"
               f"samples, log.csv and ckpt.pt go to {Path(out_dir).resolve()}", flush=True)
 
-    saved, last, last_time = it, it, time.time()                              # the latest checkpoint, log line
+    saved, last, last_time = it, it, time.time()                             # the latest checkpoint, log line
     while it < max_iters and not stop:
         lr = learning_rate * min(1, (it + 1) / max(1, warmup_iters))
         if decay_lr:
@@ -330,7 +336,7 @@ if __name__ == "__main__":
         for group in optimizer.param_groups:
             group.update(lr=lr, weight_decay=weight_decay)
         for micro in range(gradient_accumulation_steps):
-            torch.manual_seed(hash((seed, it, micro * world + rank)))         # resumed or not, the same draws follow
+            torch.manual_seed(hash((seed, it, micro * world + rank)))  # resumed or not, the same draws follow
             i = torch.randint(len(x_train), (batch_size,)).to(device, non_blocking=True)
             x = x_train[i].float() / 127.5 - 1                                # (B, C, H, W) in [-1, 1]
             if flip:
@@ -355,7 +361,7 @@ if __name__ == "__main__":
 
         stop = torch.tensor(max(asked, default=0))
         if world > 1:
-            dist.all_reduce(stop, dist.ReduceOp.MAX, group=cpu_group)         # all stop after the same iteration
+            dist.all_reduce(stop, dist.ReduceOp.MAX, group=cpu_group)      # all stop after the same iteration
         evaluating, logging = it % eval_interval == 0 or it == max_iters, it % log_interval == 0
         if rank > 0 or not (evaluating or logging or stop):
             continue
@@ -370,10 +376,10 @@ if __name__ == "__main__":
         if not math.isfinite(mean + sum(held_out) + sum(p.detach().sum() for p in model.parameters())):
             fail(f"the loss or a weight is not finite at iteration {it}: try a smaller --learning_rate, or "
                  f"--dtype=float32; {ckpt_path}, if there is one, is from before that")
-        skipped = it - int(optimizer.state[model.conv_in.bias].get("step", 0))    # where a float16 gradient overflowed
+        skipped = it - int(optimizer.state[model.conv_in.bias].get("step", 0))    # float16 gradients overflowed
         if evaluating or logging:
-            row = [it, f"{mean:.6f}", f"{lr:.3e}", f"{speed:.0f}", *([f"{v:.6f}" for v in held_out] or [""] * 5)]
-            log.append(",".join(map(str, row)))
+            row = [f"{it},{mean:.6f},{lr:.3e},{speed:.0f}", *([f"{v:.6f}" for v in held_out] or [""] * 5)]
+            log.append(",".join(row))
             with if_the_disk_allows(log_path), whole(log_path) as f:
                 f.write("\n".join([*log, ""]).encode())
             print(f"iteration {it} of {max_iters}: loss {mean:.4f}, {speed:.0f} pictures/s, "
@@ -383,8 +389,9 @@ if __name__ == "__main__":
         if evaluating or stop:
             with if_the_disk_allows(ckpt_path):
                 save_checkpoint(ckpt_path, method=METHOD, config=config, iteration=it, losses=losses,
-                                ema=ema.state_dict(), model_args=model_args, picture_shape=tuple(x_val.shape[1:]),
-                                model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+                                model_args=model_args, picture_shape=tuple(x_val.shape[1:]),
+                                model=model.state_dict(), ema=ema.state_dict(),
+                                optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
                 saved = it
         if evaluating:
             with autocast:
@@ -400,8 +407,9 @@ if __name__ == "__main__":
         print(f"the end, iteration {it}, could not be saved: {ckpt_path}, if there, is older", file=sys.stderr)
         code = 1
     elif rank == 0 and it < max_iters:
-        print(f"stopped, and saved at iteration {it}: go on by --init_from=resume --out_dir={out_dir}", flush=True)
+        print(f"stopped, and saved at iteration {it}: go on by --init_from=resume --out_dir={out_dir}",
+              flush=True)
     if world > 1:
-        dist.barrier(cpu_group)                                               # the first process may still be drawing
-        os._exit(code)              # at once: taking gloo's threads down one by one now and then aborts the process
+        dist.barrier(cpu_group)                                       # the first process may still be drawing
+        os._exit(code)        # at once: taking gloo's threads down one by one now and then aborts the process
     raise SystemExit(code)

@@ -1,14 +1,14 @@
 """
 Denoising diffusion probabilistic models in one file: Ho et al. 2020 (arXiv 2006.11239).
 
-    python ddpm.py                                               # MNIST, eight epochs; watch out/ddpm
-    python ddpm.py --n_steps=1000 --batch_size=128               # any option below, in any order; --help lists them
-    python ddpm.py --dataset=path/to/pictures --image_size=64    # your own, labelled by their subfolders
-    python ddpm.py --init_from=resume                            # go on where a run was stopped
-    torchrun --standalone --nproc_per_node=4 ddpm.py             # on four GPUs
+    python ddpm.py                                             # MNIST, eight epochs; watch out/ddpm
+    python ddpm.py --n_steps=1000 --batch_size=128             # any option below; --help lists them
+    python ddpm.py --dataset=path/to/pictures --image_size=64  # your own, labelled by their subfolders
+    python ddpm.py --init_from=resume                          # go on where a run was stopped
+    torchrun --standalone --nproc_per_node=4 ddpm.py           # on four GPUs
 
-q adds noise to data in n_steps small steps, x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) z, until little else is
-left; p, which is learned, undoes them one by one. The bound on -log p(x0) is, apart from its two end terms, a sum of
+q adds noise to data in n_steps small steps, x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) z, until little else
+is left; p, which is learned, undoes them one by one. The bound on -log p(x0) is, but for its ends, a sum of
     KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)),
 each between two Gaussians of fixed variance, hence a squared distance between their means. Up to a weight that
 training drops, that is the squared distance between the noise eps in x_t and the model's prediction of it.
@@ -31,17 +31,17 @@ from unet import Muon, UNet
 
 # ------------------------------------------------------------------------------------------------------------
 # output
-eval_interval = 938          # iterations between held-out losses, grids and checkpoints; 938 is an epoch of MNIST
-log_interval = 100           # iterations between log lines
-init_from = "scratch"        # or "resume": continue the run in out_dir, under its own options
-overwrite = False            # let a run from scratch replace the one in out_dir
+eval_interval = 938       # iterations between held-out losses, grids and checkpoints; 938 is an epoch of MNIST
+log_interval = 100        # iterations between log lines
+init_from = "scratch"     # or "resume": continue the run in out_dir, under its own options
+overwrite = False         # let a run from scratch replace the one in out_dir
 # data
-dataset = "mnist"            # mnist, fashion_mnist, cifar10, synthetic, a folder of pictures, or an .npz file
-data_dir = "data"            # where downloads are kept
-image_size = 0               # side to bring pictures to; 0: as they are
-flip = False                 # mirror pictures at random: never for digits
-conditional = True           # learn the labels, if there are any; false: unconditional
-label_dropout = 0.1          # share of labels hidden during training: guidance also needs the unconditional model
+dataset = "mnist"         # mnist, fashion_mnist, cifar10, synthetic, a folder of pictures, or an .npz file
+data_dir = "data"         # where downloads are kept
+image_size = 0            # side to bring pictures to; 0: as they are
+flip = False              # mirror pictures at random: never for digits
+conditional = True        # learn the labels, if there are any; false: unconditional
+label_dropout = 0.1       # share of labels hidden during training: guidance also needs the unconditional model
 # model (see unet.py)
 channels = 24
 channel_mults = (1, 2)
@@ -50,37 +50,37 @@ attention_levels = (2,)
 dropout = 0.0
 patch = 2
 # training
-batch_size = 64              # pictures a process takes at a time
+batch_size = 64           # pictures a process takes at a time
 gradient_accumulation_steps = 1
-max_iters = 7504             # as many pictures as eight epochs of MNIST
-muon = True                  # Muon for the kernels of convolutions, AdamW for the rest; false: AdamW for all
+max_iters = 7504          # as many pictures as eight epochs of MNIST
+muon = True               # Muon for the kernels of convolutions, AdamW for the rest; false: AdamW for all
 learning_rate = 6e-3
 warmup_iters = 100
-decay_lr = True              # as a cosine, to 0 at max_iters; false: constant after the warm-up
+decay_lr = True           # as a cosine, to 0 at max_iters; false: constant after the warm-up
 weight_decay = 0.01
-grad_clip = 1.0              # 0: off
-ema_decay = 0.999            # decay of the averaged weights, the ones used for sampling; ramped up from 0.1
+grad_clip = 1.0           # 0: off
+ema_decay = 0.999         # decay of the averaged weights, the ones used for sampling; ramped up from 0.1
 # machine
-device = "auto"              # cuda, cuda:1, mps or cpu; auto: the first of them that is there
-dtype = "auto"               # float32, bfloat16 or float16; auto: float32, on CUDA bfloat16 (old cards: float16)
-compile = "auto"             # torch.compile: true, false; auto: on CUDA
-seed = 1337                  # every draw is a function of seed, iteration and micro-batch
+device = "auto"           # cuda, cuda:1, mps or cpu; auto: the first of them that is there
+dtype = "auto"            # float32, bfloat16 or float16; auto: float32, on CUDA bfloat16 (old cards: float16)
+compile = "auto"          # torch.compile: true, false; auto: on CUDA
+seed = 1337               # every draw is a function of seed, iteration and micro-batch
 # the method, and the grids drawn with it
 out_dir = "out/ddpm"
-n_steps = 1000               # T, the number of noising steps
-schedule = "cosine"          # of alpha_bar, as Nichol & Dhariwal; linear: of beta, as Ho et al.
-prediction = "v"             # what the model is asked for: eps, as by Ho et al., x0, or v, which is a bit of both
-weighting = "simple"         # mean square error of that; min_snr: the error in x0 counts min(snr, 5)
-variance = "fixedlarge"      # of an ancestral step: beta; fixedsmall: beta~, that of q(x_{t-1} | x_t, x_0)
-t_mean = 0.4                 # times to train at: sigmoids of normal draws of this mean; above 0: nearer the noise
-t_uniform = 0.1              # share of them that is uniform instead
-sampler = "ddim"             # or ancestral, dpm++, euler, midpoint, heun, rk4, dopri5: see sample.py
-sample_steps = 6             # at most n_steps; ancestral takes all, dopri5 as many as it needs
-guidance = 1.0               # 1: the conditional model as it is; 0: the unconditional; above 1: exaggerated labels
+n_steps = 1000            # T, the number of noising steps
+schedule = "cosine"       # of alpha_bar, as Nichol & Dhariwal; linear: of beta, as Ho et al.
+prediction = "v"          # what the model is asked for: eps, as by Ho et al., x0, or v, which is a bit of both
+weighting = "simple"      # mean square error of that; min_snr: the error in x0 counts min(snr, 5)
+variance = "fixedlarge"   # of an ancestral step: beta; fixedsmall: beta~, that of q(x_{t-1} | x_t, x_0)
+t_mean = 0.4              # times to train at: sigmoids of normal draws of this mean; above 0: nearer the noise
+t_uniform = 0.1           # share of them that is uniform instead
+sampler = "ddim"          # or ancestral, dpm++, euler, midpoint, heun, rk4, dopri5: see sample.py
+sample_steps = 6          # at most n_steps; ancestral takes all, dopri5 as many as it needs
+guidance = 1.0            # 1: the conditional model as is; 0: the unconditional; above 1: exaggerated labels
 # ------------------------------------------------------------------------------------------------------------
 METHOD = "ddpm"
-FIXED = "dataset image_size conditional channels channel_mults n_res_blocks attention_levels dropout patch muon " \
-        "n_steps schedule prediction"
+FIXED = "dataset image_size conditional channels channel_mults n_res_blocks attention_levels dropout patch " \
+        "muon n_steps schedule prediction"
 LIMITS = {"n_steps": (2, math.inf), "schedule": ["linear", "cosine"], "prediction": ["eps", "x0", "v"],
           "weighting": ["simple", "min_snr"], "variance": ["fixedlarge", "fixedsmall"],
           "sampler": ["ddim", "ancestral", "dpm++", "euler", "midpoint", "heun", "rk4", "dopri5"]}
@@ -88,14 +88,14 @@ LIMITS = {"n_steps": (2, math.inf), "schedule": ["linear", "cosine"], "predictio
 
 class DenoiseDiffusion:
     """
-    The noising process q, its reversal p, and the loss that trains p. eps_model(t=t, x=xt, y=y) predicts the noise in
-    xt, or what else prediction says. x0, xt, eps: (B, *dim), x0 in [-1, 1]; t: long (B,) in [0, n_steps), so t = 0 is
-    the paper's t = 1. The linear beta of 1000 steps is scaled to n_steps, so that alpha_bar ends near zero all the
-    same. ValueError for an option that there is not.
+    The noising process q, its reversal p, and the loss that trains p. eps_model(t=t, x=xt, y=y) predicts the
+    noise in xt, or what else prediction says. x0, xt, eps: (B, *dim), x0 in [-1, 1]; t: long (B,) in [0, T), so
+    that t = 0 is the paper's t = 1. The linear beta of 1000 steps is scaled to T = n_steps, so that alpha_bar
+    ends near zero all the same. ValueError for an option that there is not.
     """
 
-    def __init__(self, eps_model, n_steps=1000, device="cpu", schedule="linear", prediction="eps", weighting="simple",
-                 variance="fixedlarge"):
+    def __init__(self, eps_model, n_steps=1000, device="cpu", schedule="linear", prediction="eps",
+                 weighting="simple", variance="fixedlarge"):
         if n_steps < 2:
             raise ValueError(f"n_steps must be at least 2, but is {n_steps}")
         options = {"schedule": schedule, "prediction": prediction, "weighting": weighting, "variance": variance}
@@ -105,18 +105,18 @@ class DenoiseDiffusion:
         self.eps_model, self.n_steps, self.prediction = eps_model, n_steps, prediction
         if schedule == "linear":
             beta = torch.linspace(1e-4, 0.02, n_steps, dtype=torch.float64) * 1000 / n_steps
-        else:                                                     # Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 17
+        else:                                              # Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 17
             share = torch.linspace(0, 1, n_steps + 1, dtype=torch.float64)
             f = torch.cos((share + 0.008) / 1.008 * math.pi / 2) ** 2
             beta = 1 - f[1:] / f[:-1]
         beta = beta.clamp(max=0.999)
         alpha, alpha_bar = 1 - beta, (1 - beta).cumprod(0)
-        prev = torch.cat([torch.ones(1), alpha_bar[:-1]])         # alpha_bar of the step before: at first, no noise
+        prev = torch.cat([torch.ones(1), alpha_bar[:-1]])   # alpha_bar of the step before: at first, no noise
         beta_tilde = beta * (1 - prev) / (1 - alpha_bar)          # variance of q(x_{t-1} | x_t, x_0), eq. 7
-        beta_tilde[0] = beta_tilde[1]                             # not 0, which the decoder in the bound cannot have
+        beta_tilde[0] = beta_tilde[1]                      # not 0, which the decoder in the bound cannot have
         snr = alpha_bar / (1 - alpha_bar)
         weight = torch.ones_like(snr)
-        if weighting == "min_snr":           # Hang et al. 2023 (arXiv 2303.09556): the error of x0 weighs min(snr, 5)
+        if weighting == "min_snr":   # Hang et al. 2023 (arXiv 2303.09556): the error of x0 weighs min(snr, 5)
             weight = snr.clamp(max=5) / {"eps": snr, "x0": 1, "v": snr + 1}[prediction]
         self.sigma2 = beta if variance == "fixedlarge" else beta_tilde
         self.beta, self.alpha, self.alpha_bar, self.one_minus_alpha_bar = beta, alpha, alpha_bar, 1 - alpha_bar
@@ -169,8 +169,9 @@ class DenoiseDiffusion:
         return self.p_mean(xt, t, y, guidance, clip) + sigma.reshape(-1, *[1] * (xt.dim() - 1)) * z
 
     def loss(self, x0, noise=None, y=None, u=None):
-        """E weight |eps - eps_model(xt)|^2: Algorithm 1, eq. 14. u, in [0, 1), may fix the times, in shares of T."""
-        t = torch.randint(self.n_steps, (len(x0),), device=x0.device) if u is None else (u * self.n_steps).long()
+        """E weight |eps - eps_model(xt)|^2: Algorithm 1, eq. 14. u, in [0, 1), may fix the times, t = u T."""
+        t = (torch.randint(self.n_steps, (len(x0),), device=x0.device) if u is None else
+             (u * self.n_steps).long())
         eps = torch.randn_like(x0) if noise is None else noise
         alpha, sigma = self.alpha_sigma(t, x0)
         target = {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0}[self.prediction]
@@ -181,24 +182,25 @@ class DenoiseDiffusion:
     def bound(self, x0, y=None, randn=torch.randn_like):
         """
         The terms of the bound on -log2 p(x0), eq. 5, in bits/dim, (B,) each, for x0 of 256 levels from -1 to 1:
-        L_T, what is left of x0 at the end; the sum over t of KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), at a
-        draw of x_t each; and L_0, the discretised decoder of section 3.3. T evaluations of the model.
+        L_T, what is left of x0 at the end; the sum over t of KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)),
+        at a draw of x_t each; and L_0, the discretised decoder of section 3.3. T evaluations of the model.
         """
         mean, var = self.q_xt_x0(x0, torch.full((len(x0),), self.n_steps - 1, device=x0.device))
         prior, between = (mean.square() + var - 1 - var.log()) / 2, 0
         for t in reversed(range(self.n_steps)):
             t = torch.full((len(x0),), t, device=x0.device)
             xt = self.q_sample(x0, t, randn(x0))
-            mean, var, var_q = self.p_mean(xt, t, y, clip=True), at(self.sigma2, t, x0), at(self.beta_tilde, t, x0)
+            mean = self.p_mean(xt, t, y, clip=True)
+            var, var_q = at(self.sigma2, t, x0), at(self.beta_tilde, t, x0)
             if t[0] > 0:
                 gap = self.q_posterior_mean(xt, t, x0) - mean
                 between = between + (var_q / var + gap.square() / var - 1 + (var / var_q).log()) / 2
         x0, mean, std = (v.cpu().double() for v in (x0, mean, var.sqrt()))
-        edges = [(x0 + side / 255 - mean) / std for side in (-1, 1)]                         # of the level of x0
+        edges = [(x0 + side / 255 - mean) / std for side in (-1, 1)]                      # of the level of x0
         low, high = edges[0].masked_fill(x0 < -0.999, -math.inf), edges[1].masked_fill(x0 > 0.999, math.inf)
-        low, high = torch.where(low > 0, -high, low), torch.where(low > 0, -low, high)       # precise in that tail
+        low, high = torch.where(low > 0, -high, low), torch.where(low > 0, -low, high)  # precise in that tail
         low, high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
-        decoder = -(high + torch.log1p(-torch.exp(low - high)))                       # -log(Phi(high) - Phi(low))
+        decoder = -(high + torch.log1p(-torch.exp(low - high)))                   # -log(Phi(high) - Phi(low))
         return [nats.flatten(1).mean(1).float().cpu() / math.log(2) for nats in (prior, between, decoder)]
 
 
@@ -208,7 +210,7 @@ def at(table, t, x):
 
 
 def build(model, config, device):
-    """The method around a UNet, for which t runs from 0 to 1. ValueError for options that do not go together."""
+    """The method around a UNet, to which t runs from 0 to 1. ValueError if the options do not go together."""
     options = {name: config[name] for name in ("n_steps", "schedule", "prediction", "weighting", "variance")}
     return DenoiseDiffusion(lambda t, x, y: model(t=t / options["n_steps"], x=x, y=y), device=device, **options)
 
@@ -216,7 +218,7 @@ def build(model, config, device):
 # ---- the rest is the same in ddpm.py and cfm.py ----
 
 def guided(model, t, x, y, scale):
-    """Ho & Salimans 2022 (arXiv 2207.12598): out(no label) + scale (out(y) - out(no label)), of one doubled batch."""
+    """Ho & Salimans 2022 (arXiv 2207.12598): out(no label) + scale (out(y) - out(no label)), in one call."""
     if y is None or scale == 1:
         return model(t=t, x=x, y=y).float()
     both = model(t=torch.cat([t, t]), x=torch.cat([x, x]), y=torch.cat([y, torch.full_like(y, -1)])).float()
@@ -225,7 +227,7 @@ def guided(model, t, x, y, scale):
 
 
 def draw_times(n, mean, uniform, device="cpu"):
-    """n times in [0, 1]: logit-normal, as Esser et al. 2024 (arXiv 2403.03206), section 3.1, or uniform a share of them."""
+    """n times in [0, 1], a share uniform, the rest logit-normal: Esser et al. 2024 (arXiv 2403.03206), 3.1."""
     k = round(uniform * n)
     return torch.cat([torch.rand(k, device=device), (mean + torch.randn(n - k, device=device)).sigmoid()])
 
@@ -247,7 +249,7 @@ if __name__ == "__main__":
         checkpoint = load_checkpoint(ckpt_path, METHOD)
         config = resume(globals(), LIMITS, checkpoint, FIXED)
     elif any(Path(out_dir).glob("ckpt*.pt")) and not overwrite:
-        fail(f"{out_dir} holds a run: continue it by --init_from=resume, or add --overwrite, or another --out_dir")
+        fail(f"{out_dir} holds a run: go on by --init_from=resume, or add --overwrite or another --out_dir")
     shape = "channels", "channel_mults", "n_res_blocks", "attention_levels", "dropout", "patch"
     model_args = {k: config[k] for k in shape}
     with explained():                                                         # do the options go together?
@@ -278,10 +280,10 @@ if __name__ == "__main__":
     optimizer = (Muon(model.parameters(), betas=(0.9, 0.99)) if muon else
                  torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True))
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype == "float16")
-    it, losses = 0, torch.zeros(2, device=device)                             # sum and number since the last log
+    it, losses = 0, torch.zeros(2, device=device)                          # sum and number since the last log
     if init_from == "resume":
         if checkpoint["model_args"] != model_args:
-            fail(f"--dataset={dataset} has changed: the run in {out_dir} has a model of {checkpoint['model_args']}")
+            fail(f"--dataset={dataset} has changed: the model of {out_dir} is for {checkpoint['model_args']}")
         with explained(f"{ckpt_path} is of another version of this program: "):
             for name, part in dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler).items():
                 if name != "scaler" or scaler.is_enabled() and checkpoint["scaler"]:
@@ -292,7 +294,7 @@ if __name__ == "__main__":
     net = torch.nn.parallel.DistributedDataParallel(net) if world > 1 else net
     trained, averaged = build(net, config, device), build(ema, config, device)
 
-    # what is evaluated, always the same: held-out pictures in each quarter of t, and a grid with a row for each class
+    # what is evaluated, always the same: held-out pictures in each quarter of t; a grid, a row for each class
     fixed = torch.Generator().manual_seed(0)
     x_val, y_val = x_val[:256].float() / 127.5 - 1, y_val[:256]
     noise_val = torch.randn(x_val.shape, generator=fixed).to(device)
@@ -304,15 +306,17 @@ if __name__ == "__main__":
     pictures_per_iter = batch_size * gradient_accumulation_steps * world
     if rank == 0:
         with explained(f"--out_dir={out_dir}: "):
-            log, lock = start_run(ckpt_path, log_path, init_from, it)         # the lock lasts while it has a name
-        print(f"{METHOD} on {dataset}: {len(x_train)} pictures of {tuple(x_val.shape[1:])}, {num_classes} classes\n"
+            log, lock = start_run(ckpt_path, log_path, init_from, it)     # the lock lasts while it has a name
+        print(f"{METHOD} on {dataset}: {len(x_train)} pictures of {tuple(x_val.shape[1:])}, "
+              f"{num_classes} classes\n"
               f"{sum(p.numel() for p in model.parameters()):,} parameters, "
               f"{ema.flops(x_val[:1]) / 1e6:.1f} MFLOP a picture in a forward pass\n"
-              f"{device}, {dtype}, {'compiled' if compile else 'not compiled'}, {world} process{'es' * (world > 1)}\n"
+              f"{device}, {dtype}, {'compiled' if compile else 'not compiled'}, "
+              f"{world} process{'es' * (world > 1)}\n"
               f"iterations {it} to {max_iters}, of {pictures_per_iter} pictures each\n"
               f"samples, log.csv and ckpt.pt go to {Path(out_dir).resolve()}", flush=True)
 
-    saved, last, last_time = it, it, time.time()                              # the latest checkpoint, log line
+    saved, last, last_time = it, it, time.time()                             # the latest checkpoint, log line
     while it < max_iters and not stop:
         lr = learning_rate * min(1, (it + 1) / max(1, warmup_iters))
         if decay_lr:
@@ -320,7 +324,7 @@ if __name__ == "__main__":
         for group in optimizer.param_groups:
             group.update(lr=lr, weight_decay=weight_decay)
         for micro in range(gradient_accumulation_steps):
-            torch.manual_seed(hash((seed, it, micro * world + rank)))         # resumed or not, the same draws follow
+            torch.manual_seed(hash((seed, it, micro * world + rank)))  # resumed or not, the same draws follow
             i = torch.randint(len(x_train), (batch_size,)).to(device, non_blocking=True)
             x = x_train[i].float() / 127.5 - 1                                # (B, C, H, W) in [-1, 1]
             if flip:
@@ -345,7 +349,7 @@ if __name__ == "__main__":
 
         stop = torch.tensor(max(asked, default=0))
         if world > 1:
-            dist.all_reduce(stop, dist.ReduceOp.MAX, group=cpu_group)         # all stop after the same iteration
+            dist.all_reduce(stop, dist.ReduceOp.MAX, group=cpu_group)      # all stop after the same iteration
         evaluating, logging = it % eval_interval == 0 or it == max_iters, it % log_interval == 0
         if rank > 0 or not (evaluating or logging or stop):
             continue
@@ -360,10 +364,10 @@ if __name__ == "__main__":
         if not math.isfinite(mean + sum(held_out) + sum(p.detach().sum() for p in model.parameters())):
             fail(f"the loss or a weight is not finite at iteration {it}: try a smaller --learning_rate, or "
                  f"--dtype=float32; {ckpt_path}, if there is one, is from before that")
-        skipped = it - int(optimizer.state[model.conv_in.bias].get("step", 0))    # where a float16 gradient overflowed
+        skipped = it - int(optimizer.state[model.conv_in.bias].get("step", 0))    # float16 gradients overflowed
         if evaluating or logging:
-            row = [it, f"{mean:.6f}", f"{lr:.3e}", f"{speed:.0f}", *([f"{v:.6f}" for v in held_out] or [""] * 5)]
-            log.append(",".join(map(str, row)))
+            row = [f"{it},{mean:.6f},{lr:.3e},{speed:.0f}", *([f"{v:.6f}" for v in held_out] or [""] * 5)]
+            log.append(",".join(row))
             with if_the_disk_allows(log_path), whole(log_path) as f:
                 f.write("\n".join([*log, ""]).encode())
             print(f"iteration {it} of {max_iters}: loss {mean:.4f}, {speed:.0f} pictures/s, "
@@ -373,8 +377,9 @@ if __name__ == "__main__":
         if evaluating or stop:
             with if_the_disk_allows(ckpt_path):
                 save_checkpoint(ckpt_path, method=METHOD, config=config, iteration=it, losses=losses,
-                                ema=ema.state_dict(), model_args=model_args, picture_shape=tuple(x_val.shape[1:]),
-                                model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+                                model_args=model_args, picture_shape=tuple(x_val.shape[1:]),
+                                model=model.state_dict(), ema=ema.state_dict(),
+                                optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
                 saved = it
         if evaluating:
             with autocast:
@@ -390,8 +395,9 @@ if __name__ == "__main__":
         print(f"the end, iteration {it}, could not be saved: {ckpt_path}, if there, is older", file=sys.stderr)
         code = 1
     elif rank == 0 and it < max_iters:
-        print(f"stopped, and saved at iteration {it}: go on by --init_from=resume --out_dir={out_dir}", flush=True)
+        print(f"stopped, and saved at iteration {it}: go on by --init_from=resume --out_dir={out_dir}",
+              flush=True)
     if world > 1:
-        dist.barrier(cpu_group)                                               # the first process may still be drawing
-        os._exit(code)              # at once: taking gloo's threads down one by one now and then aborts the process
+        dist.barrier(cpu_group)                                       # the first process may still be drawing
+        os._exit(code)        # at once: taking gloo's threads down one by one now and then aborts the process
     raise SystemExit(code)
