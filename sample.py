@@ -1,11 +1,11 @@
 """
 Draw pictures with a checkpoint of ddpm.py or of cfm.py, or measure how likely real ones are under it.
 
-    python sample.py --out_dir=out/cfm                                            # a grid: out/cfm/samples.png
-    python sample.py --out_dir=out/cfm --labels=3,1,4 --guidance=2                # threes, ones and fours in turn
-    python sample.py --out_dir=out/ddpm --sampler=dpm++ --steps=20 --save=pictures    # a folder of PNGs
-    python sample.py --out_dir=out/cfm --n_samples=10000 --save=samples.npz       # for FID tools, or to train on
-    python sample.py --out_dir=out/ddpm --task=likelihood --n_samples=200         # bits/dim of held-out pictures
+    python sample.py --out_dir=out/cfm                                          # a grid: out/cfm/samples.png
+    python sample.py --out_dir=out/cfm --labels=3,1,4 --guidance=2              # threes, ones and fours in turn
+    python sample.py --out_dir=out/ddpm --sampler=dpm++ --steps=20 --save=pictures  # a folder of PNGs
+    python sample.py --out_dir=out/cfm --n_samples=10000 --save=samples.npz     # for FID tools, or to train on
+    python sample.py --out_dir=out/ddpm --task=likelihood --n_samples=200       # bits/dim of held-out pictures
 
 Both kinds of model are read as one. A point on the way from noise to data is x_t = alpha_t data + sigma_t
 noise; divided by alpha_t + sigma_t it is z = tau data + (1 - tau) noise, on a straight line, at tau = alpha_t /
@@ -30,26 +30,26 @@ from configurator import choose_machine, configure, explained, fail, load_checkp
 from unet import UNet
 
 # ------------------------------------------------------------------------------------------------------------
-out_dir = "out/cfm"          # of the run whose ckpt.pt is used
-task = "draw"                # interpolate: go from one noise to another in each row; reconstruct: held-out pictures
-                             # to noise and back; likelihood: bits/dim of held-out pictures, ddpm's by the bound
+out_dir = "out/cfm"       # of the run whose ckpt.pt is used
+task = "draw"             # interpolate: go from one noise to another in each row; reconstruct: held-out pictures
+                          # to noise and back; likelihood: bits/dim of held-out pictures, ddpm's by the bound
 n_samples = 100
-save = "auto"                # .png: a grid; .npz: arr_0 uint8 (N, H, W, C), arr_1 labels (N,); else a folder
-sampler = "auto"             # euler, midpoint, heun, rk4, dopri5, ddim, dpm++ or ancestral; auto: as the run drew its
-                             # grids, but rk4 to reconstruct and dopri5 for a likelihood
-steps = 0                    # 0: as many as the run drew its grids with, but 20 to reconstruct; ancestral takes all,
-                             # dopri5 as many as it needs
-eta = 0.0                    # noise in a step of ddim: from 0, none, to 1, as in ancestral sampling with fixedsmall
-clip = True                  # keep predictions of the picture within [-1, 1]; with cfm only ddim and dpm++ make any
-atol = 1e-4                  # error that dopri5 allows in a step, absolute
-rtol = 1e-4                  # and relative
-exact = False                # likelihood of cfm: the exact divergence, for pictures of few pixels; false: an estimate
-guidance = 1.0               # 1: the conditional model as it is; 0: the unconditional; above 1: exaggerated labels
-labels = ()                  # the classes to draw, in turn: 3 or 3,1,4; (): all of them
+save = "auto"             # .png: a grid; .npz: arr_0 uint8 (N, H, W, C), arr_1 labels (N,); else a folder
+sampler = "auto"          # euler, midpoint, heun, rk4, dopri5, ddim, dpm++ or ancestral; auto: as the run drew its
+                          # grids, but rk4 to reconstruct and dopri5 for a likelihood
+steps = 0                 # 0: as many as the run drew its grids with, but 20 to reconstruct; ancestral takes all,
+                          # dopri5 as many as it needs
+eta = 0.0                 # noise in a step of ddim: from 0, none, to 1, as in ancestral sampling with fixedsmall
+clip = True               # keep predictions of the picture within [-1, 1]; with cfm only ddim and dpm++ make any
+atol = 1e-4               # error that dopri5 allows in a step, absolute
+rtol = 1e-4               # and relative
+exact = False             # likelihood of cfm: the exact divergence, for pictures of few pixels; false: an estimate
+guidance = 1.0            # 1: the conditional model as it is; 0: the unconditional; above 1: exaggerated labels
+labels = ()               # the classes to draw, in turn: 3 or 3,1,4; (): all of them
 seed = 0
-ema = True                   # the averaged weights; false: the latest
-batch_size = 250             # pictures at a time
-device = "auto"              # cuda, cuda:1, mps or cpu
+ema = True                # the averaged weights; false: the latest
+batch_size = 250          # pictures at a time
+device = "auto"           # cuda, cuda:1, mps or cpu
 # ------------------------------------------------------------------------------------------------------------
 # explicit Runge-Kutta: a stage looks a fraction c of the step ahead along the stage before; b weighs the stages
 TABLEAUS = {"euler": ([0], [1]), "midpoint": ([0, 1/2], [0, 1]), "heun": ([0, 1], [1/2, 1/2]),
@@ -59,7 +59,7 @@ DOPRI5 = [(1/5, [1/5]), (3/10, [3/40, 9/40]), (4/5, [44/45, -56/15, 32/9]),
           (8/9, [19372/6561, -25360/2187, 64448/6561, -212/729]),
           (1, [9017/3168, -355/33, 46732/5247, 49/176, -5103/18656]),
           (1, [35/384, 0, 500/1113, 125/192, -2187/6784, 11/84])]
-DOPRI5_ERROR = [71/57600, 0, -71/16695, 71/1920, -17253/339200, 22/525, -1/40]              # 5th order less 4th
+DOPRI5_ERROR = [71/57600, 0, -71/16695, 71/1920, -17253/339200, 22/525, -1/40]            # 5th order less 4th
 
 
 def wide(t, x):
@@ -97,7 +97,7 @@ def dopri5(f, x, start, end, atol, rtol):
         h = torch.where(last, end - t, h)
         k = [first]
         for c, a in DOPRI5:
-            ts = torch.where(last, end - (1 - c) * h, t + c * h)              # exactly the end, never beyond it
+            ts = torch.where(last, end - (1 - c) * h, t + c * h)            # exactly the end, never beyond it
             xs = x + wide(h, x) * sum(w * ki for w, ki in zip(a, k))
             k.append(f(ts, xs))
         error = wide(h, x) * sum(w * ki for w, ki in zip(DOPRI5_ERROR, k))
@@ -159,7 +159,7 @@ class Flow:
         self.method, self.y, self.guidance, self.clip = method, y, guidance, clip
         self.evaluations, self.told = 0, time.time()
         self.taus = None
-        if hasattr(method, "alpha_bar"):                                      # DenoiseDiffusion: tau at each t
+        if hasattr(method, "alpha_bar"):                                     # DenoiseDiffusion: tau at each t
             self.taus = 1 / (1 + (method.one_minus_alpha_bar / method.alpha_bar).sqrt())
 
     def times(self, steps, sampler="heun"):
@@ -186,7 +186,7 @@ class Flow:
         if self.taus is None:
             return self.method.velocity(tau, z, self.y, self.guidance)
         i = torch.searchsorted(-self.taus, -tau).clamp(1, len(self.taus) - 1)
-        t = i - (tau - self.taus[i]) / (self.taus[i - 1] - self.taus[i])      # between its steps, t is a fraction
+        t = i - (tau - self.taus[i]) / (self.taus[i - 1] - self.taus[i])  # between its steps, t is a fraction
         norm = wide(torch.hypot(tau, 1 - tau), z)                             # 1 / (alpha + sigma)
         alpha, sigma = wide(tau, z) / norm, wide(1 - tau, z) / norm
         data, noise = self.method.predict(z / norm, t, alpha, sigma, self.y, self.guidance)
@@ -242,7 +242,7 @@ def log_likelihood(method, x, y=None, steps=10, sampler="dopri5", atol=1e-4, rto
     if v.taus is not None:
         raise ValueError("this is for a VelocityField: a DenoiseDiffusion has its bound()")
 
-    def f(tau, state):                                                        # (B, 1 + D): divergence so far, and z
+    def f(tau, state):                                                  # (B, 1 + D): divergence so far, and z
         with torch.enable_grad():
             z = state[:, 1:].detach().reshape(x.shape).requires_grad_()
             dz = v(tau, z)
@@ -271,7 +271,7 @@ if __name__ == "__main__":
     if checkpoint["method"] not in ("ddpm", "cfm"):
         fail(f"{Path(out_dir, 'ckpt.pt')} is of another method: {checkpoint['method']}")
     script, is_ddpm = importlib.import_module(checkpoint["method"]), checkpoint["method"] == "ddpm"
-    config = configure(dict(vars(script)), script.LIMITS, [], checkpoint["config"])    # of newer options the defaults
+    config = configure(dict(vars(script)), script.LIMITS, [], checkpoint["config"])  # of newer options the defaults
     with explained(f"{Path(out_dir, 'ckpt.pt')} is of another version of this program: "):
         model = UNet(**checkpoint["model_args"]).to(memory_format=torch.channels_last).eval().requires_grad_(False)
         model.load_state_dict(checkpoint["ema" if ema else "model"])
@@ -313,7 +313,7 @@ if __name__ == "__main__":
         script.build(None, config, "cpu")
     steps = steps or (20 if real else min(config["sample_steps"], config.get("n_steps", math.inf)))
     device, _, _ = choose_machine(device)
-    if real or sampler == "dopri5":                                           # their errors are smaller than TF32's
+    if real or sampler == "dopri5":                                     # their errors are smaller than TF32's
         torch.backends.cudnn.allow_tf32 = False
         torch.set_float32_matmul_precision("highest")
     save = Path(out_dir, f"{'samples' if task == 'draw' else task}.png") if save == "auto" else Path(save)
@@ -347,7 +347,7 @@ if __name__ == "__main__":
     pictures, bits, spent, start = np.empty((n_samples, H, W, C), np.uint8), [], [], time.time()
     for i in range(0, n_samples, batch_size):
         numbers, label = range(n_samples)[i:i + batch_size], y[i:i + batch_size].to(device)
-        sources = [torch.Generator().manual_seed(hash((seed, n))) for n in numbers]            # one for each picture
+        sources = [torch.Generator().manual_seed(hash((seed, n))) for n in numbers]     # one for each picture
 
         def randn(x):
             return torch.stack([torch.randn(x.shape[1:], generator=source) for source in sources]).to(device)
@@ -369,7 +369,7 @@ if __name__ == "__main__":
                 noise = randn(x)
                 if task == "reconstruct":
                     noise = encode(method, x / 127.5 - 1, label, steps, sampler, atol, rtol)
-                if task == "interpolate":                                     # ten pictures from an end to the next
+                if task == "interpolate":                               # ten pictures from an end to the next
                     ends = [[torch.randn(C, H, W, generator=torch.Generator().manual_seed(hash((seed, n // 10, end))))
                              for end in (0, 1)] for n in numbers]
                     noise = torch.stack([slerp(a, b, n % 10 / 9) for n, (a, b) in zip(numbers, ends)]).to(device)
@@ -406,6 +406,6 @@ if __name__ == "__main__":
             if save.suffix == ".png":
                 save_image(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255, f, nrow=10, format="png")
             else:
-                np.savez(f, pictures, *([y.numpy()] if num_classes else []))          # named arr_0, arr_1 by numpy
+                np.savez(f, pictures, *([y.numpy()] if num_classes else []))     # named arr_0, arr_1 by numpy
     print(f"{took}: {save}")
     raise SystemExit(code)

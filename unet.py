@@ -71,7 +71,7 @@ class Attention(nn.Module):
     def forward(self, x):
         B, c, h, w = x.shape
         qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, c // self.heads, h * w)
-        q, k, v = qkv.transpose(-1, -2).unbind(1)                                # (B, heads, h * w, c / heads)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)                               # (B, heads, h * w, c / heads)
         a = F.scaled_dot_product_attention(q, k, v)
         return x + self.out(a.transpose(-1, -2).reshape(B, c, h, w))
 
@@ -108,7 +108,7 @@ class UNet(nn.Module):
         self.label = nn.Embedding(num_classes + 1, emb) if num_classes else None            # row 0: no label
         self.conv_in = nn.Conv2d(in_channels * patch**2, channels, 3, padding=1)
         self.down, self.shrink, self.up, self.grow = (nn.ModuleList() for _ in range(4))
-        c, skips = channels, [channels]                          # the width so far; those the way up is handed
+        c, skips = channels, [channels]                         # the width so far; those the way up is handed
         for i, width in enumerate(widths):
             self.down.append(nn.ModuleList())
             for _ in range(n_res_blocks):
@@ -127,7 +127,7 @@ class UNet(nn.Module):
                 self.grow.append(nn.Conv2d(c, c, 3, padding=1))
 
         self.norm_out = norm(c)
-        self.conv_out = zero(nn.Conv2d(c, in_channels * patch**2, 3, padding=1))            # starts by predicting 0
+        self.conv_out = zero(nn.Conv2d(c, in_channels * patch**2, 3, padding=1))      # starts by predicting 0
 
     def forward(self, t, x, y=None):
         H, W = x.shape[-2:]
@@ -143,7 +143,7 @@ class UNet(nn.Module):
             for block, attention in blocks:
                 skips.append(h := attention(block(h, emb)))
             if i < len(self.shrink):
-                skips.append(h := self.shrink[i](h))                                        # (B, c, h / 2, w / 2)
+                skips.append(h := self.shrink[i](h))                                    # (B, c, h / 2, w / 2)
         for block, attention in self.middle:
             h = attention(block(h, emb))
         for i, blocks in enumerate(self.up):

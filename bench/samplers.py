@@ -2,7 +2,7 @@
 How many evaluations of the model does a good picture take? Each sampler with 1, 2, 4 ... 64 of them, judged.
 
     pip install -r requirements.txt -r bench/requirements.txt
-    python bench/samplers.py                                    # of out/cfm and out/ddpm; draws assets/samplers.png
+    python bench/samplers.py                              # of out/cfm and out/ddpm; draws assets/samplers.png
     python bench/samplers.py --runs=out/cfm --n_samples=500     # of one run, and faster
 
 All samplers start from the same noise. Printed are the distance to the test set as a multiple of the floor and the

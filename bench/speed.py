@@ -74,7 +74,7 @@ def measure(script, config, device, dtype, compiled):
     averaged = script.build(ema, config, device)
     pictures = torch.randint(256, (10_000, *shape), dtype=torch.uint8, device=device)
     y, noise = torch.arange(B, device=device) % 10, torch.randn(100, *shape, device=device)
-    spent = {}                                                                 # seconds of each part of the step
+    spent = {}                                                              # seconds of each part of the step
 
     def part(name, f):
         start = time.perf_counter()
