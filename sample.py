@@ -2,16 +2,16 @@
 Draw pictures with a checkpoint of ddpm.py or of cfm.py, or measure how likely real ones are under it.
 
     python sample.py --out_dir=out/cfm                                          # a grid: out/cfm/samples.png
-    python sample.py --out_dir=out/cfm --labels=3,1,4 --guidance=2              # threes, ones and fours in turn
+    python sample.py --out_dir=out/cfm --labels=3,1,4 --guidance=2              # threes, ones, fours in turn
     python sample.py --out_dir=out/ddpm --sampler=dpm++ --steps=20 --save=pictures  # a folder of PNGs
     python sample.py --out_dir=out/cfm --n_samples=10000 --save=samples.npz     # for FID tools, or to train on
     python sample.py --out_dir=out/ddpm --task=likelihood --n_samples=200       # bits/dim of held-out pictures
 
 Both kinds of model are read as one. A point on the way from noise to data is x_t = alpha_t data + sigma_t
-noise; divided by alpha_t + sigma_t it is z = tau data + (1 - tau) noise, on a straight line, at tau = alpha_t /
-(alpha_t + sigma_t), and the flow from noise to data is dz/dtau = E[data - noise | z]. That is what cfm.py
-learns, and what ddpm.py's model knows in other words. So there is one of each sampler, and all it asks for is
-the velocity v(tau, z). In that are predictions of the data, z + (1 - tau) v, and of the noise, z - tau v.
+noise; divided by alpha_t + sigma_t it is z = tau data + (1 - tau) noise, on a straight line, at tau =
+alpha_t / (alpha_t + sigma_t), and the flow from noise to data is dz/dtau = E[data - noise | z]. That is what
+cfm.py learns, and ddpm.py's model knows in other words. So there is one of each sampler, and all it asks for
+is the velocity v(tau, z). In that are predictions of the data, z + (1 - tau) v, and of the noise, z - tau v.
 
 The same seed gives the same pictures, whatever the batch_size, up to rounding.
 """
@@ -26,35 +26,36 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.utils import save_image
 
-from configurator import choose_machine, configure, explained, fail, load_checkpoint, load_data, stop_signals, whole
+from configurator import (choose_machine, configure, explained, fail, load_checkpoint, load_data,
+                          stop_signals, whole)
 from unet import UNet
 
 # ------------------------------------------------------------------------------------------------------------
 out_dir = "out/cfm"       # of the run whose ckpt.pt is used
-task = "draw"             # interpolate: go from one noise to another in each row; reconstruct: held-out pictures
+task = "draw"             # interpolate: from one noise to another in each row; reconstruct: held-out pictures
                           # to noise and back; likelihood: bits/dim of held-out pictures, ddpm's by the bound
 n_samples = 100
 save = "auto"             # .png: a grid; .npz: arr_0 uint8 (N, H, W, C), arr_1 labels (N,); else a folder
-sampler = "auto"          # euler, midpoint, heun, rk4, dopri5, ddim, dpm++ or ancestral; auto: as the run drew its
-                          # grids, but rk4 to reconstruct and dopri5 for a likelihood
-steps = 0                 # 0: as many as the run drew its grids with, but 20 to reconstruct; ancestral takes all,
-                          # dopri5 as many as it needs
-eta = 0.0                 # noise in a step of ddim: from 0, none, to 1, as in ancestral sampling with fixedsmall
-clip = True               # keep predictions of the picture within [-1, 1]; with cfm only ddim and dpm++ make any
+sampler = "auto"          # euler, midpoint, heun, rk4, dopri5, ddim, dpm++ or ancestral; auto: as the run
+                          # drew its grids, but rk4 to reconstruct and dopri5 for a likelihood
+steps = 0                 # 0: as many as the run drew its grids with, but 20 to reconstruct; ancestral takes
+                          # all, dopri5 as many as it needs
+eta = 0.0                 # noise in a ddim step: from 0, none, to 1, as in ancestral sampling with fixedsmall
+clip = True               # keep predicted pictures within [-1, 1]; with cfm only ddim and dpm++ make any
 atol = 1e-4               # error that dopri5 allows in a step, absolute
 rtol = 1e-4               # and relative
-exact = False             # likelihood of cfm: the exact divergence, for pictures of few pixels; false: an estimate
-guidance = 1.0            # 1: the conditional model as it is; 0: the unconditional; above 1: exaggerated labels
+exact = False             # likelihood of cfm: exact divergence, for pictures of few pixels; false: estimated
+guidance = 1.0            # 1: the conditional model as is; 0: the unconditional; above 1: exaggerated labels
 labels = ()               # the classes to draw, in turn: 3 or 3,1,4; (): all of them
 seed = 0
 ema = True                # the averaged weights; false: the latest
 batch_size = 250          # pictures at a time
 device = "auto"           # cuda, cuda:1, mps or cpu
 # ------------------------------------------------------------------------------------------------------------
-# explicit Runge-Kutta: a stage looks a fraction c of the step ahead along the stage before; b weighs the stages
+# explicit Runge-Kutta: a stage looks a fraction c of the step ahead along the one before; b weighs the stages
 TABLEAUS = {"euler": ([0], [1]), "midpoint": ([0, 1/2], [0, 1]), "heun": ([0, 1], [1/2, 1/2]),
             "rk4": ([0, 1/2, 1/2, 1], [1/6, 1/3, 1/3, 1/6])}
-# Dormand & Prince 1980: a stage looks ahead along all before it; the last is the step, and the next one's first
+# Dormand & Prince 1980: a stage looks ahead along all before; the last is the step, and the next one's first
 DOPRI5 = [(1/5, [1/5]), (3/10, [3/40, 9/40]), (4/5, [44/45, -56/15, 32/9]),
           (8/9, [19372/6561, -25360/2187, 64448/6561, -212/729]),
           (1, [9017/3168, -355/33, 46732/5247, 49/176, -5103/18656]),
@@ -85,9 +86,9 @@ def solve(f, x, times, sampler, atol=1e-4, rtol=1e-4):
 
 def dopri5(f, x, start, end, atol, rtol):
     """
-    Adaptive steps, of each picture's own length, so that it does not matter which others are in the batch. A step's
-    error is estimated from two orders; if its mean square is too large the step is taken again, shorter.
-    FloatingPointError if that does not help.
+    Adaptive steps, of each picture's own length, so that it does not matter which others are in the batch. A
+    step's error is estimated from two orders; if its mean square is too large the step is taken again,
+    shorter. FloatingPointError if that does not help.
     """
     h = torch.full((len(x),), (end - start) / 20, device=x.device, dtype=x.dtype)
     t = torch.full_like(h, start)
@@ -106,12 +107,13 @@ def dopri5(f, x, start, end, atol, rtol):
         x, first = torch.where(wide(good, x), xs, x), torch.where(wide(good, x), k[-1], first)
         t, h = torch.where(good, ts, t), h * (0.9 * error ** -0.2).clamp(0.2, 5).nan_to_num(0.2)
         if (h[t != end].abs() < 1e-6 * abs(end - start)).any():
-            raise FloatingPointError("dopri5 cannot go on: the model is not finite, or atol and rtol are too small")
+            raise FloatingPointError("dopri5 cannot go on: the model is not finite, "
+                                     "or atol and rtol are too small")
     return x
 
 
 def predictions(tau, z, v, clip):
-    """The data and the noise in z, as the velocity v predicts them, (B, *dim) each; the noise fits clipped data."""
+    """The data and noise in z, as velocity v predicts them, (B, *dim) each; the noise fits clipped data."""
     data = z + (1 - tau) * v
     data = data.clamp(-1, 1) if clip else data
     return data, (z - tau * data) / (1 - tau)
@@ -120,8 +122,8 @@ def predictions(tau, z, v, clip):
 def ddim(v, z, taus, eta=0.0, clip=True, randn=torch.randn_like):
     """
     Song et al. 2020 (arXiv 2010.02502), eq. 12 and 16, from each of taus to the next: mixes the predictions
-    anew. On the straight line that is Euler's method, but for clipping, and for eta, which renews a part of the
-    noise.
+    anew. On the straight line that is Euler's method, but for clipping, and for eta, which renews a part of
+    the noise.
     """
     for t, s in zip(taus, taus[1:]):
         data, noise = predictions(t, z, v(t, z), clip)
@@ -134,8 +136,8 @@ def ddim(v, z, taus, eta=0.0, clip=True, randn=torch.randn_like):
 def dpm_solver(v, z, taus, clip=True):
     """
     DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095), algorithm 2: as ddim, but with the data prediction
-    extrapolated to the middle of the step, linearly in lambda = log(tau / (1 - tau)). Where lambda is infinite,
-    at both ends, it is ddim.
+    extrapolated to the middle of the step, linearly in lambda = log(tau / (1 - tau)). Where lambda is
+    infinite, at both ends, it is ddim.
     """
     before, h_before = None, math.inf
     for t, s in zip(taus, taus[1:]):
@@ -150,9 +152,9 @@ def dpm_solver(v, z, taus, clip=True):
 class Flow:
     """
     A method of either script as v(tau, z), tau (B,) or a number, under fixed labels y (B,) or None, and
-    guidance. clip keeps the data that DenoiseDiffusion predicts within [-1, 1], and fits the noise to it: where
-    there is much noise, it would else be far off. It counts its evaluations of the model, and tells of them at
-    times.
+    guidance. clip keeps the data that DenoiseDiffusion predicts within [-1, 1], and fits the noise to it:
+    where there is much noise, it would else be far off. It counts its evaluations of the model, and tells of
+    them at times.
     """
 
     def __init__(self, method, y=None, guidance=1.0, clip=False):
@@ -196,12 +198,12 @@ class Flow:
 
 
 @torch.no_grad()
-def draw(method, noise, y=None, steps=20, sampler="euler", guidance=1.0, eta=0.0, clip=True, atol=1e-4, rtol=1e-4,
-         randn=torch.randn_like):
+def draw(method, noise, y=None, steps=20, sampler="euler", guidance=1.0, eta=0.0, clip=True, atol=1e-4,
+         rtol=1e-4, randn=torch.randn_like):
     """
-    From noise (B, *dim) to (pictures (B, *dim) in about [-1, 1], number of evaluations of the model). y: labels
-    (B,) or None. randn(x) draws the noise that ancestral sampling and eta add. Evaluations a step: midpoint and
-    heun 2, rk4 4, all others 1, and so has the last step of DenoiseDiffusion, see Flow.times().
+    From noise (B, *dim) to (pictures (B, *dim) in about [-1, 1], number of evaluations of the model). y:
+    labels (B,) or None. randn(x) draws the noise that ancestral sampling and eta add. Evaluations a step:
+    midpoint and heun 2, rk4 4, all others 1, and so has the last step of DenoiseDiffusion, see Flow.times().
     """
     v = Flow(method, y, guidance, clip)
     if sampler == "ancestral":                                                # Ho et al., Algorithm 2
@@ -233,7 +235,7 @@ def encode(method, x, y=None, steps=10, sampler="heun", atol=1e-4, rtol=1e-4):
 def log_likelihood(method, x, y=None, steps=10, sampler="dopri5", atol=1e-4, rtol=1e-4, probe=None):
     """
     (log p(x) in nats (B,), number of evaluations) for pictures x (B, *dim) under cfm's flow, which starts from
-    N(0, I) at tau = 0, and along which d log p / dtau = -div v (Chen et al. 2018, arXiv 1806.07366, theorem 1).
+    N(0, I) at tau = 0; along it d log p / dtau = -div v (Chen et al. 2018, arXiv 1806.07366, theorem 1).
     The divergence is exact, at the cost of *dim gradients, or with a probe like x, of entries 1 and -1,
     Hutchinson's estimate probe . (dv / dz probe), the probe being the same all along (Grathwohl et al. 2018,
     arXiv 1810.01367, section 3.1).
@@ -271,9 +273,10 @@ if __name__ == "__main__":
     if checkpoint["method"] not in ("ddpm", "cfm"):
         fail(f"{Path(out_dir, 'ckpt.pt')} is of another method: {checkpoint['method']}")
     script, is_ddpm = importlib.import_module(checkpoint["method"]), checkpoint["method"] == "ddpm"
-    config = configure(dict(vars(script)), script.LIMITS, [], checkpoint["config"])  # of newer options the defaults
+    config = configure(dict(vars(script)), script.LIMITS, [], checkpoint["config"])  # newer options: defaults
     with explained(f"{Path(out_dir, 'ckpt.pt')} is of another version of this program: "):
-        model = UNet(**checkpoint["model_args"]).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+        model = UNet(**checkpoint["model_args"]).eval().requires_grad_(False)
+        model = model.to(memory_format=torch.channels_last)
         model.load_state_dict(checkpoint["ema" if ema else "model"])
         num_classes, (C, H, W) = checkpoint["model_args"]["num_classes"], checkpoint["picture_shape"]
 
@@ -285,7 +288,8 @@ if __name__ == "__main__":
     if real and sampler not in [*TABLEAUS, "dopri5"]:
         fail(f"--sampler={sampler} cannot be run backwards, choose {' or '.join([*TABLEAUS, 'dopri5'])}")
     if sampler == "ancestral" and steps not in (0, config["n_steps"]):
-        fail(f"--steps={steps}: ancestral sampling takes all {config['n_steps']} steps, --sampler=ddim any number")
+        fail(f"--steps={steps}: ancestral sampling takes all {config['n_steps']} steps, "
+             "--sampler=ddim any number")
     if is_ddpm and steps > config["n_steps"]:
         fail(f"--steps={steps}: the run has only {config['n_steps']}")
     if eta and sampler != "ddim":
@@ -360,9 +364,9 @@ if __name__ == "__main__":
             elif task == "likelihood":
                 u = torch.stack([torch.rand(C, H, W, generator=source) for source in sources]).to(device)
                 probe = None if exact else randn(x).sign()
-                nats, evaluations = log_likelihood(method, (x + u - 0.5) / 127.5 - 1, label, steps, sampler, atol, rtol,
-                                                   probe)
-                # a level is 1 / 127.5 wide: its log-probability is at least its mean log-density plus the log of that
+                nats, evaluations = log_likelihood(method, (x + u - 0.5) / 127.5 - 1, label, steps, sampler,
+                                                   atol, rtol, probe)
+                # a level is 1 / 127.5 wide: its log-probability is at least its mean log-density - log(127.5)
                 bits.append(math.log2(127.5) - nats[None].cpu() / (C * H * W * math.log(2)))
                 spent.append(evaluations)
             else:
@@ -370,9 +374,11 @@ if __name__ == "__main__":
                 if task == "reconstruct":
                     noise = encode(method, x / 127.5 - 1, label, steps, sampler, atol, rtol)
                 if task == "interpolate":                               # ten pictures from an end to the next
-                    ends = [[torch.randn(C, H, W, generator=torch.Generator().manual_seed(hash((seed, n // 10, end))))
-                             for end in (0, 1)] for n in numbers]
-                    noise = torch.stack([slerp(a, b, n % 10 / 9) for n, (a, b) in zip(numbers, ends)]).to(device)
+                    seeds = [[hash((seed, n // 10, end)) for end in (0, 1)] for n in numbers]
+                    ends = [[torch.randn(C, H, W, generator=torch.Generator().manual_seed(s)) for s in pair]
+                            for pair in seeds]
+                    noise = [slerp(a, b, n % 10 / 9) for n, (a, b) in zip(numbers, ends)]
+                    noise = torch.stack(noise).to(device)
                 x, evaluations = draw(method, noise, label, steps, sampler, guidance, eta, clip and not real,
                                       atol, rtol, randn)
                 spent.append(evaluations)
@@ -387,20 +393,23 @@ if __name__ == "__main__":
             n_samples, code = done, 128 + asked[0]
             break
         if done < n_samples:
-            print(f"{done} done, {(time.time() - start) / done * (n_samples - done) / 60:.1f} min left", flush=True)
+            left = (time.time() - start) / done * (n_samples - done) / 60
+            print(f"{done} done, {left:.1f} min left", flush=True)
     pictures, y = pictures[:n_samples], y[:n_samples]
     took = f"{time.time() - start:.1f} s, {max(spent)} evaluations of the model"
 
     if task == "likelihood":
         bits = torch.cat(bits, 1)                                             # (terms, n_samples)
-        terms = [f"{name} {term:.4f}" for name, term in zip(("L_T", "KL of the steps between", "L_0"), bits.mean(1))]
+        names = "L_T", "KL of the steps between", "L_0"
+        terms = [f"{name} {term:.4f}" for name, term in zip(names, bits.mean(1))]
         error = f" +- {bits.sum(0).std() / math.sqrt(n_samples):.4f}" if n_samples > 1 else ""
-        print(f"at most {bits.sum(0).mean():.4f}{error} bits/dim (mean of {n_samples} held-out pictures, and its error)"
-              + (f", of {' + '.join(terms)}" if bound else "") + f"; {took}")
+        print(f"at most {bits.sum(0).mean():.4f}{error} bits/dim (mean of {n_samples} held-out pictures, "
+              "and its error)" + (f", of {' + '.join(terms)}" if bound else "") + f"; {took}")
         raise SystemExit(code)
     if task == "reconstruct":
         gap = pictures - x_val[:n_samples].permute(0, 2, 3, 1).numpy().astype(float)
-        print(f"restored to {np.sqrt((gap**2).mean()):.3f} of 255 grey levels (rms), {abs(gap).max():.0f} at worst")
+        print(f"restored to {np.sqrt((gap**2).mean()):.3f} of 255 grey levels (rms), "
+              f"{abs(gap).max():.0f} at worst")
     if save.suffix:                                                           # else they are there already
         with explained(f"--save={save}: ", OSError), whole(save) as f:
             if save.suffix == ".png":

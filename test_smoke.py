@@ -44,7 +44,7 @@ def run(script, *args, cwd, ok=True):
 
 
 def run_here(script, *args, cwd):
-    """(exit code, stdout, stderr) of a script run in this process: it spares the seconds that an import takes."""
+    """(exit code, stdout, stderr) of a script run in this process: it spares the seconds an import takes."""
     out, err, argv, here = io.StringIO(), io.StringIO(), sys.argv, Path.cwd()
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     sys.argv, code = [str(ROOT / f"{script}.py"), *map(str, args)], 0
@@ -221,9 +221,8 @@ def test_likelihood_by_one_command(trained):
     if script == "ddpm":
         terms = [float(total.split(name)[1].split()[0].rstrip(";")) for name in ("L_T", "between", "L_0")]
         assert sum(terms) == pytest.approx(bits["out/ddpm"], abs=2e-4) and "1000 evaluations" in total
-        refused(
-            "sample", "--out_dir=fresh", "--task=likelihood", "--steps=9", cwd=cwd, message="over all its steps"
-        )
+        refused("sample", "--out_dir=fresh", "--task=likelihood", "--steps=9",
+                cwd=cwd, message="over all its steps")
     else:
         x = load_data("synthetic", image_size=8)[1][0][:50].double() / 127.5 - 1
         by_hand = math.log2(127.5) + (x.square().mean().item() / 2 + math.log(2 * math.pi) / 2) / math.log(2)
@@ -325,8 +324,8 @@ def test_a_stopped_and_resumed_run_equals_a_straight_one_bit_for_bit(script, tmp
         assert (tmp_path / "straight" / png).read_bytes() == (tmp_path / "stopped" / png).read_bytes()
     a, b = (list(csv.reader((tmp_path / name / "log.csv").open())) for name in ("straight", "stopped"))
     assert [r[:3] + r[4:] for r in a] == [r[:3] + r[4:] for r in b]  # but for the speed
-    refused(script, "--init_from=resume", "--out_dir=stopped", cwd=tmp_path, message="complete at iteration 60")
     resume, other = ["--init_from=resume", "--out_dir=stopped"], {"ddpm": "cfm", "cfm": "ddpm"}[script]
+    refused(script, *resume, cwd=tmp_path, message="complete at iteration 60")
     refused(script, *resume, "--channels=16", cwd=tmp_path, message="--channels=16: the run in stopped has 8")
     refused(other, *resume, cwd=tmp_path, message=f"is a run of {script}.py")
 
@@ -387,8 +386,8 @@ def test_the_preset_for_an_hour_runs(script, tmp_path):
     """The whole model, on a few pictures of its size."""
     pictures = np.random.default_rng(0).integers(0, 256, (20, 28, 28, 1), dtype=np.uint8)
     np.savez(tmp_path / "few.npz", pictures, np.arange(20) % 10)
-    args = ["config/mnist_hour.py", "--dataset=few.npz", "--max_iters=2", "--log_interval=1", "--sample_steps=1"]
-    printed = here(script, *args, "--device=cpu", cwd=tmp_path)
+    args = ["--dataset=few.npz", "--max_iters=2", "--log_interval=1", "--sample_steps=1", "--device=cpu"]
+    printed = here(script, "config/mnist_hour.py", *args, cwd=tmp_path)
     assert "654,180 parameters" in printed and "iteration 2 of 2" in printed
     assert checkpoint(tmp_path / "out" / script)["config"]["channels"] == 32
 
@@ -420,7 +419,7 @@ def test_mixed_precision_on_the_cpu(dtype, tmp_path, monkeypatch):
 
 
 def test_compile_on_the_cpu(tmp_path, monkeypatch):
-    """With the eager backend: what is traced and saved is what a GPU traces and saves, without minutes of compiling."""
+    """With the eager backend: what is traced and saved is as on a GPU, without minutes of compiling."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     for compile in ("true", "false"):
         args = [*TINY, "--max_iters=8", "--sample_steps=1", f"--compile={compile}", f"--out_dir={compile}"]
@@ -500,7 +499,8 @@ def test_pairing_without_scipy_is_refused_in_training_but_not_in_sampling(tmp_pa
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     refused("cfm", *args, "--path=ot", "--overwrite", cwd=tmp_path, message="pip install scipy")
     sample("--out_dir=x", "--n_samples=2", cwd=tmp_path)
-    refused("sample", "--out_dir=x", "--sampler=ddim", "--eta=1", cwd=tmp_path, message="independent of the data")
+    refused("sample", "--out_dir=x", "--sampler=ddim", "--eta=1",
+            cwd=tmp_path, message="independent of the data")
 
 
 def test_what_is_there_is_not_overwritten_and_damage_is_told(trained):

@@ -6,10 +6,10 @@ Shapes, once and for all:  B pictures, C channels of H x W pixels.
     x  (B, C, H, W)  float, any H and W
     y  (B,)          long: a class in [0, num_classes), or -1 for "no label"
 
-The body is that of Ho et al. 2020 (arXiv 2006.11239, appendix B), parameter for parameter: residual blocks at a few
-resolutions on the way down and again on the way up, where each is given what its counterpart on the way down made.
-Two changes make it cheap: pixels may be folded into channels first (patch), and a convolution comes before an
-upsampling, not after it. Below it is the optimizer that its kernels like.
+The body is that of Ho et al. 2020 (arXiv 2006.11239, appendix B), parameter for parameter: residual blocks at
+a few resolutions on the way down and again on the way up, where each is given what its counterpart on the way
+down made. Two changes make it cheap: pixels may be folded into channels first (patch), and a convolution
+comes before an upsampling, not after it. Below it is the optimizer that its kernels like.
 """
 import math
 from collections import defaultdict
@@ -35,7 +35,7 @@ def zero(layer):
 def time_embedding(t, dim, max_period=10_000):
     """
     Cosines and sines of 1000 t at frequencies from 1 down to 1 / max_period: (B,) -> (B, dim), dim even.
-    Without the factor all times in [0, 1] would look alike: these frequencies were chosen for t = 1, 2, 3 ... 1000.
+    Without the factor all times in [0, 1] would look alike: the frequencies were chosen for t = 1 ... 1000.
     """
     frequency = torch.exp(-math.log(max_period) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angle = 1000 * t[:, None] * frequency                                         # (B, dim / 2)
@@ -82,7 +82,7 @@ class UNet(nn.Module):
     channels          width of the first level, even; level i has channels * channel_mults[i]
     channel_mults     one entry a level; level i works at H / patch / 2^i by W / patch / 2^i
     n_res_blocks      residual blocks a level on the way down; on the way up it is one more
-    attention_levels  levels whose blocks are each followed by attention, from 0; the middle counts as one level more
+    attention_levels  levels whose blocks are each followed by attention, from 0; the middle is one more
     dropout           in [0, 1), inside the residual blocks
     patch             patch x patch pixels are folded into channels: 1 for none, 2 works at half resolution
     num_classes       0 for a model without labels
@@ -97,12 +97,15 @@ class UNet(nn.Module):
         self.channels, self.patch = channels, patch
         self.multiple = patch * 2 ** (len(widths) - 1)           # H and W are padded to a multiple of this
         if channels % 2:
-            raise ValueError(f"channels must be even, as the time embedding uses cosine/sine pairs, but is {channels}")
+            raise ValueError("channels must be even, as the time embedding uses cosine/sine pairs, "
+                             f"but is {channels}")
         if not set(attention_levels) <= set(range(len(widths) + 1)):
-            raise ValueError(f"attention_levels {attention_levels}: levels go from 0 to {len(widths)}, the middle")
+            raise ValueError(f"attention_levels {attention_levels}: "
+                             f"levels go from 0 to {len(widths)}, the middle")
 
         def block(c_in, c_out, attends):
-            return nn.ModuleList([ResBlock(c_in, c_out, emb, dropout), Attention(c_out) if attends else nn.Identity()])
+            return nn.ModuleList([ResBlock(c_in, c_out, emb, dropout),
+                                  Attention(c_out) if attends else nn.Identity()])
 
         self.time = nn.Sequential(nn.Linear(channels, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.label = nn.Embedding(num_classes + 1, emb) if num_classes else None            # row 0: no label
@@ -164,8 +167,8 @@ class UNet(nn.Module):
 
 def orthogonal(g, steps=5):
     """
-    About the nearest matrices to g (n, a, b) whose singular values are all 1, by a Newton-Schulz iteration. Its
-    coefficients are Jordan's: they bring small singular values up fast, and all of them to between 0.7 and 1.2.
+    About the nearest matrices to g (n, a, b) with all singular values 1, by a Newton-Schulz iteration. Its
+    coefficients, Jordan's, bring small singular values up fast, and all of them to between 0.7 and 1.2.
     """
     x = g if g.shape[1] <= g.shape[2] else g.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -177,10 +180,11 @@ def orthogonal(g, steps=5):
 
 class Muon(torch.optim.Optimizer):
     """
-    Steps of the same length in all directions: of the momentum of a convolution's kernel, seen as a matrix (c_out, the
-    rest), only the singular vectors count (Jordan et al. 2024, "Muon"). They are scaled to the size of AdamW's usual
-    steps (Liu et al. 2025, arXiv 2502.16982, eq. 4), so that one learning rate serves both: all that is no kernel goes
-    by AdamW. torch.optim.Muon takes one matrix at a time; those of one shape together take a fifth of that on a CPU.
+    Steps of the same length in all directions: of the momentum of a convolution's kernel, seen as a matrix
+    (c_out, the rest), only the singular vectors count (Jordan et al. 2024, "Muon"). They are scaled to the
+    size of AdamW's usual steps (Liu et al. 2025, arXiv 2502.16982, eq. 4), so that one learning rate serves
+    both: all that is no kernel goes by AdamW. torch.optim.Muon takes one matrix at a time; those of one shape
+    together take a fifth of that on a CPU.
     """
 
     def __init__(self, params, lr=4e-3, betas=(0.9, 0.99), momentum=0.95, weight_decay=0.01):
@@ -210,5 +214,6 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(params, direction.reshape(-1, *params[0].shape).unbind(), alpha=-lr * size)
             elif params:
                 square, steps = ([self.state[p][name] for p in params] for name in ("square", "step"))
-                adamw(params, grads, mean, square, [], steps, fused=True, amsgrad=False, beta1=group["betas"][0],
-                      beta2=group["betas"][1], lr=lr, weight_decay=weight_decay, eps=1e-8, maximize=False)
+                beta1, beta2 = group["betas"]
+                adamw(params, grads, mean, square, [], steps, fused=True, amsgrad=False, maximize=False,
+                      lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=1e-8)

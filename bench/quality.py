@@ -5,9 +5,9 @@ How good are drawn MNIST digits? A classifier trained here, once, judges them: a
     python bench/quality.py out/cfm/digits.npz                  # as many files as you like; a row for each
 
 The first run trains the classifier: seeded, some minutes on two cores, then kept in data_dir. A row gives
-    distance     the Frechet distance between the classifier's features of the pictures and of the 10,000 test images
-    x floor      the same as a multiple of the floor: the mean distance of six times 10,000 training images to the
-                 test set. The distance itself is in the classifier's own units, which mean nothing elsewhere
+    distance     Frechet distance between the classifier's features of the pictures and the 10,000 test images
+    x floor      the same as a multiple of the floor: the mean distance of six times 10,000 training images to
+                 the test set. The distance itself is in the classifier's units, which mean nothing elsewhere
     recognised   the share that the classifier takes for the digit that was asked for (files with labels)
     coverage     the share of test images with a drawn one nearer, in features, than their fifth nearest among
                  themselves (Naeem et al. 2020, arXiv 2002.09797); the floor's row says what to hope for
@@ -35,7 +35,7 @@ device = "cpu"
 
 
 class Judge(nn.Module):
-    """(B, 1, 28, 28) in [-1, 1] -> the ten classes' logits (B, 10); features() is what comes before, (B, 128)."""
+    """(B, 1, 28, 28) in [-1, 1] -> ten classes' logits (B, 10); features() is what comes before, (B, 128)."""
 
     def __init__(self):
         super().__init__()
@@ -70,8 +70,8 @@ def train(x, y, seed, epochs, batch_size=256, lr=5e-3):
     optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     for epoch in range(epochs):
-        for i in torch.randperm(len(x)).split(batch_size)[:len(x) // batch_size]:
-            loss = F.cross_entropy(judge(jitter(to_float(x[i.to(x.device)]))), y[i.to(x.device)], label_smoothing=0.05)
+        for i in torch.randperm(len(x)).to(x.device).split(batch_size)[:len(x) // batch_size]:
+            loss = F.cross_entropy(judge(jitter(to_float(x[i]))), y[i], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -88,7 +88,7 @@ def look(judge, x):
 
 
 def frechet(a, b):
-    """Squared Frechet distance between the Gaussians with the means and covariances of a and b, (N, D) each."""
+    """Squared Frechet distance between Gaussians with the means and covariances of a and b, (N, D) each."""
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     # the trace of the root of cov_a cov_b: its eigenvalues are those of a product of two positive matrices
     root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
@@ -118,18 +118,19 @@ def load_judge(data_dir, seed=0, epochs=6, device="cpu"):
 
 
 def floors(judge, real, x):
-    """The distances of each 10,000 of the training images x to the test set, of which real are the features."""
+    """The distances of each 10,000 training images of x to the test set, of which real are the features."""
     return [frechet(look(judge, part)[0], real) for part in x.split(10_000)]
 
 
 def verdict(judge, real, x, y=None):
     """
-    (distance, share recognised or nan, coverage, counts (10,)) of pictures x uint8 (N, 1, 28, 28), labels y (N,) or
-    None, beside the test set, of which real are the features.
+    (distance, share recognised or nan, coverage, counts (10,)) of pictures x uint8 (N, 1, 28, 28), labels y
+    (N,) or None, beside the test set, of which real are the features.
     """
     features, classes = look(judge, x)
     recognised = math.nan if y is None else (classes == y).double().mean().item()
-    return frechet(features, real), recognised, coverage(real, features), classes.bincount(minlength=10).tolist()
+    counts = classes.bincount(minlength=10).tolist()
+    return frechet(features, real), recognised, coverage(real, features), counts
 
 
 if __name__ == "__main__":
@@ -142,7 +143,8 @@ if __name__ == "__main__":
             arrays = np.load(file)
             x, y = torch.tensor(arrays["arr_0"]), torch.tensor(arrays["arr_1"]) if "arr_1" in arrays else None
         if x.shape[1:] != (28, 28, 1) or x.dtype != torch.uint8 or len(x) < 2:
-            fail(f"{file}: arr_0 must be uint8 (N, 28, 28, 1), two at least, but is {x.dtype} {tuple(x.shape)}")
+            fail(f"{file}: arr_0 must be uint8 (N, 28, 28, 1), two at least, "
+                 f"but is {x.dtype} {tuple(x.shape)}")
         drawn[file] = x.permute(0, 3, 1, 2), y
 
     device, *_ = choose_machine(device)
@@ -157,6 +159,6 @@ if __name__ == "__main__":
     for name, (x, y) in drawn.items():
         y = None if y is None else y.to(device)
         distance, recognised, covered, counts = verdict(judge, real, x.to(device), y)
-        print(f"{name[-40:]:40} {len(x):8} {distance:9.3f} {distance / floor:8.2f} {recognised:10.2%} {covered:8.2%}  "
-              + " ".join(map(str, counts)), flush=True)
+        print(f"{name[-40:]:40} {len(x):8} {distance:9.3f} {distance / floor:8.2f} {recognised:10.2%} "
+              f"{covered:8.2%}  " + " ".join(map(str, counts)), flush=True)
     print(f"the floor, the mean of six times 10,000 training images: {floor:.3f}")

@@ -5,9 +5,10 @@ How many evaluations of the model does a good picture take? Each sampler with 1,
     python bench/samplers.py                              # of out/cfm and out/ddpm; draws assets/samplers.png
     python bench/samplers.py --runs=out/cfm --n_samples=500     # of one run, and faster
 
-All samplers start from the same noise. Printed are the distance to the test set as a multiple of the floor and the
-share recognised, see bench/quality.py: the distance is larger than that of 10,000 pictures, so compare within the
-table only. A sampler whose step takes more than one evaluation has no entry where they do not suffice for one.
+All samplers start from the same noise. Printed are the distance to the test set as a multiple of the floor
+and the share recognised, see bench/quality.py: the distance is larger than that of 10,000 pictures, so
+compare within the table only. A sampler whose step takes more than one evaluation has no entry where they do
+not suffice for one.
 """
 import importlib
 import math
@@ -36,7 +37,7 @@ EVALUATIONS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def steps_for(sampler, evaluations, is_ddpm):
-    """As many steps as these evaluations of the model are enough for; the last step of ddpm's always takes one."""
+    """As many steps as these evaluations of the model are enough for; ddpm's last step always takes one."""
     stages = len(TABLEAUS[sampler][1]) if sampler in TABLEAUS else 1
     return (evaluations - 1) // stages + 1 if is_ddpm else evaluations // stages
 
@@ -98,7 +99,8 @@ if __name__ == "__main__":
         samplers = [s for s in script.LIMITS["sampler"] if s not in ("dopri5", "ancestral")]
         print(f"{run}, iteration {checkpoint['iteration']}:", flush=True)
         results[run] = curves(script.build(model, config, device), is_ddpm, samplers, judged)
-        print(f"\n| {run} | " + " | ".join(map(str, EVALUATIONS)) + " |\n|---" + len(EVALUATIONS) * "|---:" + "|")
+        print(f"\n| {run} | " + " | ".join(map(str, EVALUATIONS)) + " |")
+        print("|---" + len(EVALUATIONS) * "|---:" + "|")
         for sampler, points in results[run].items():
             cells = [f"{distance:.1f} {share:.0%}" for _, distance, share in points]
             cells = [""] * (len(EVALUATIONS) - len(points)) + cells

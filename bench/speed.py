@@ -4,10 +4,11 @@ Where the time of a training step goes, and of sampling, beside what this machin
     python bench/speed.py cfm                                   # the default run of cfm.py
     python bench/speed.py ddpm config/cifar10.py --batch_size=32    # any options of the script after its name
 
-The step is that of the script, on random pictures of the data set's shape; times are medians. The ceiling is the best
-of some large convolutions and matrix products, measured in the same run: what a network of this kind could reach if
-nothing but arithmetic took time. A step counts as three forward passes. On CUDA everything is measured with and
-without torch.compile, and in bfloat16 and float32; utilisation is of the ceiling in the same precision.
+The step is that of the script, on random pictures of the data set's shape; times are medians. The ceiling is
+the best of some large convolutions and matrix products, measured in the same run: what a network of this kind
+could reach if nothing but arithmetic took time. A step counts as three forward passes. On CUDA everything is
+measured with and without torch.compile, and in bfloat16 and float32; utilisation is of the ceiling in the
+same precision.
 """
 import copy
 import importlib
@@ -94,20 +95,21 @@ def measure(script, config, device, dtype, compiled):
         part("backward", loss.backward)
         part("clip", lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
         part("optimizer", lambda: (optimizer.step(), optimizer.zero_grad()))
-        part("average", lambda: torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()],
-                                                     0.001))
+        part("average", lambda: torch._foreach_lerp_(list(ema.parameters()),
+                                                     [p.detach() for p in model.parameters()], 0.001))
 
     start = time.perf_counter()
     step()
     first = time.perf_counter() - start
     took = seconds(step, device, 10)
     flops = 3 * B * ema.flops(torch.zeros(1, *shape, device=device))
-    print(f"\n{config['dataset']}, batch {B}, {sum(p.numel() for p in model.parameters()):,} parameters, on {device}, "
-          f"{dtype}, {'compiled' if compiled else 'not compiled'}")
+    print(f"\n{config['dataset']}, batch {B}, {sum(p.numel() for p in model.parameters()):,} parameters, "
+          f"on {device}, {dtype}, {'compiled' if compiled else 'not compiled'}")
     print(f"  a step: {flops / 1e9:.1f} GFLOP, {1e3 * took:.1f} ms (the first: {first:.1f} s), "
           f"{B / took:.0f} pictures/s, {flops / took / 1e9:.0f} GFLOP/s, "
           f"{flops / took / 1e9 / top:.0%} of the ceiling of {top:.0f}")
-    print("  of a step: " + ", ".join(f"{name} {1e3 * statistics.median(s):.1f} ms" for name, s in spent.items()))
+    print("  of a step: " + ", ".join(f"{name} {1e3 * statistics.median(s):.1f} ms"
+                                      for name, s in spent.items()))
 
     cuda = "cuda" in device
     with profile(activities=[ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]) as profiled:
@@ -116,7 +118,8 @@ def measure(script, config, device, dtype, compiled):
     ops = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in profiled.key_averages()}
     total = sum(ops.values())
     largest = sorted(ops.items(), key=lambda op: -op[1])[:8]
-    print("  by operation: " + ", ".join(f"{name[:40].removeprefix('aten::')} {t / total:.0%}" for name, t in largest))
+    print("  by operation: " + ", ".join(f"{name[:40].removeprefix('aten::')} {t / total:.0%}"
+                                         for name, t in largest))
 
     def grid():
         with autocast:
@@ -126,8 +129,8 @@ def measure(script, config, device, dtype, compiled):
     took = seconds(grid, device)
     memory = (f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB on the device" if cuda else
               f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MiB, torch included")
-    print(f"  100 pictures by {config['sampler']}, {config['sample_steps']} steps: {took:.2f} s; peak memory {memory}",
-          flush=True)
+    print(f"  100 pictures by {config['sampler']}, {config['sample_steps']} steps: {took:.2f} s; "
+          f"peak memory {memory}", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@ What optimal pairing is good for, in two dimensions: I-CFM beside OT-CFM, from m
     python bench/toy2d.py                          # about 20 minutes on two cores; draws assets/toy2d.png
     python bench/toy2d.py --seeds=1 --iterations=500 --n_test=1000 --picture=toy.png
 
-For each pairing and seed an MLP is trained, then 10,000 fresh points are carried along, by one step of Euler and by
-dopri5. Printed are, as mean and standard deviation over the seeds:
+For each pairing and seed an MLP is trained, then 10,000 fresh points are carried along, by one step of Euler
+and by dopri5. Printed are, as mean and standard deviation over the seeds:
     W2^2          squared 2-Wasserstein distance, exact, from where they arrive to 10,000 points of the target
     curvature     E int |v|^2 dt / E |x(1) - x(0)|^2 - 1 along dopri5's paths: 0 if all are straight lines
-The setting is torchcfm's (sigma 0.1, 3 hidden layers of 64, SELU, AdamW 1e-3) but for the learning rate's decay
-to 0, as a cosine, and for batch and number of iterations.
+The setting is torchcfm's (sigma 0.1, 3 hidden layers of 64, SELU, AdamW 1e-3) but for the learning rate's
+decay to 0, as a cosine, and for batch and number of iterations.
 """
 import math
 import os
@@ -33,7 +33,7 @@ batch_size = 256
 n_test = 10000
 picture = "assets/toy2d.png"
 # ------------------------------------------------------------------------------------------------------------
-# Cheng & Schwing 2025 (arXiv 2503.10636), figure 1, 8 gaussians to moons: W2^2 over ten runs of another implementation
+# Cheng & Schwing 2025 (arXiv 2503.10636), figure 1, 8 gaussians to moons: W2^2 over ten runs of other code
 PUBLISHED = {("I-CFM", "1 step"): "6.232 +- 0.186", ("I-CFM", "dopri5"): "0.120 +- 0.045",
              ("OT-CFM", "1 step"): "0.072 +- 0.025", ("OT-CFM", "dopri5"): "0.050 +- 0.040"}
 PAIRINGS = {"I-CFM": ConditionalFlowMatcher, "OT-CFM": ExactOptimalTransportConditionalFlowMatcher}
@@ -106,7 +106,8 @@ def measure(job):
         paths = [start[:500]]
         for i in range(50):
             paths.append(solve(v, paths[-1], [i / 50, (i + 1) / 50], "rk4"))
-        return wasserstein2(one_step, real), wasserstein2(end[:, :2], real), curvature.item(), torch.stack(paths)
+        return (wasserstein2(one_step, real), wasserstein2(end[:, :2], real),
+                curvature.item(), torch.stack(paths))
 
 
 def draw(paths, file):

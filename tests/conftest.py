@@ -1,4 +1,4 @@
-"""The scripts under test are the files one folder up. Tests marked long run only if asked for: pytest -m long"""
+"""The scripts under test are files one folder up. Tests marked long run only if asked for: pytest -m long"""
 
 import sys
 from pathlib import Path

@@ -1,7 +1,7 @@
 """
 Models that need no training: where the data is a mixture of Gaussians, so is what noise makes of it, and
 whatever the two methods learn can be computed by hand. One component gives closed forms throughout; with
-several in one dimension the flow is known too, for it cannot cross itself: it keeps each point at its quantile.
+several in one dimension the flow is known too, for it cannot cross itself: each point keeps its quantile.
 """
 
 import math

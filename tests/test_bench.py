@@ -58,7 +58,7 @@ def bench(program, *args, cwd):
 
 
 def test_frechet_distance_by_hand():
-    """Of Gaussians N(m, S): |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)); with S2 = c^2 S1 that is (1 - c)^2 tr S1."""
+    """Of N(m, S): |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)); with S2 = c^2 S1 that is (1 - c)^2 tr S1."""
     from quality import frechet
 
     torch.manual_seed(0)
@@ -122,11 +122,13 @@ def test_peers_refuses_in_one_line(args, message, tmp_path):
 
 
 def test_speed(tmp_path):
-    done = bench("speed.py", "ddpm", "--channels=8", "--batch_size=4", "--sample_steps=2", "--device=cpu", cwd=tmp_path)
+    small = "--channels=8", "--batch_size=4", "--sample_steps=2", "--device=cpu"
+    done = bench("speed.py", "ddpm", *small, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     share = re.search(r"(\d+)% of the ceiling", done.stdout)
     assert share and 0 < int(share[1]) <= 100
-    parts = {name: float(ms) for name, ms in re.findall(r"(\w+) ([\d.]+) ms", done.stdout.split("of a step: ")[1])}
+    parts = re.findall(r"(\w+) ([\d.]+) ms", done.stdout.split("of a step: ")[1])
+    parts = {name: float(ms) for name, ms in parts}
     assert list(parts) == ["batch", "forward", "backward", "clip", "optimizer", "average"]
     whole = float(re.search(r"GFLOP, ([\d.]+) ms", done.stdout)[1])
     assert 0.7 * whole < sum(parts.values()) < 1.3 * whole

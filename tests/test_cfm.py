@@ -132,10 +132,11 @@ def test_a_bridge_keeps_off_its_ends():
 def test_times_are_uniform_or_logit_normal():
     torch.manual_seed(0)
     uniform, logits = draw_times(100_000, 4, 1), torch.logit(draw_times(100_000, -0.4, 0))
-    assert (draw_times(1000, 4, 0.2) < 0.5).sum() == pytest.approx(100, abs=30)  # hardly any of the logit-normal ones
+    assert (draw_times(1000, 4, 0.2) < 0.5).sum() == pytest.approx(100, abs=30)  # hardly any logit-normals
     assert uniform.mean().item() == pytest.approx(0.5, abs=0.01)
     assert uniform.var().item() == pytest.approx(1 / 12, rel=0.02)
-    assert logits.mean().item() == pytest.approx(-0.4, abs=0.02) and logits.std().item() == pytest.approx(1, abs=0.02)
+    assert logits.mean().item() == pytest.approx(-0.4, abs=0.02)
+    assert logits.std().item() == pytest.approx(1, abs=0.02)
 
 
 def test_loss_of_the_exact_velocity_is_the_closed_form():

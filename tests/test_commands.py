@@ -1,4 +1,4 @@
-"""Wrong command lines: each gets one line that helps and exit code 2, before data are read or a folder is made."""
+"""Wrong command lines: each gets a line that helps and exit code 2, before data are read or a folder made."""
 
 import time
 
@@ -252,7 +252,8 @@ def lines(table):
 
 
 TRAINING = [(s, *line) for s, own in (("ddpm", DDPM), ("cfm", CFM)) for line in lines(BOTH + own)]
-SAMPLING = [(s, *line) for s, own in (("ddpm", SAMPLE_DDPM), ("cfm", SAMPLE_CFM)) for line in lines(SAMPLE + own)]
+SAMPLING = [(s, *line) for s, own in (("ddpm", SAMPLE_DDPM), ("cfm", SAMPLE_CFM))
+            for line in lines(SAMPLE + own)]
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +302,8 @@ def test_benchmarks(script, args, message, folder, monkeypatch):
     wrong(script, args, message, folder, monkeypatch)
 
 
-@pytest.mark.parametrize("script, args", [("ddpm", "--n_steps=0"), ("cfm", "--path=sb"), ("sample", "--steps=-1")])
+@pytest.mark.parametrize("script, args",
+                         [("ddpm", "--n_steps=0"), ("cfm", "--path=sb"), ("sample", "--steps=-1")])
 def test_it_takes_no_longer_than_the_import_and_a_second(script, args, folder):
     def seconds(args, code):
         start = time.time()

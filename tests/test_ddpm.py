@@ -1,4 +1,4 @@
-"""DenoiseDiffusion against closed forms: whatever can be computed by hand for one Gaussian is compared here."""
+"""DenoiseDiffusion against closed forms: what can be computed by hand for one Gaussian is compared here."""
 
 import math
 
@@ -105,7 +105,7 @@ def test_every_prediction_is_read_as_the_same_x0_and_eps(prediction):
 
 
 def test_min_snr_weighs_the_error_of_x0_the_same_whatever_is_predicted():
-    """Models wrong by one delta in x0: -alpha/sigma delta in eps, -delta/sigma in v. Simple: each its own error."""
+    """Models wrong by one delta in x0: -alpha/sigma delta in eps, -delta/sigma in v. Simple: each its own."""
     u, x0, noise = (torch.arange(1000) + 0.5) / 1000, torch.rand(1000, 4), torch.randn(1000, 4)
     delta, losses, simple = torch.randn(1000, 4), [], []
     for prediction in ("eps", "x0", "v"):
@@ -132,11 +132,12 @@ def test_variances_of_p():
     beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     tilde = beta * (1 - prev) / (1 - BAR)
     assert torch.equal(large.sigma2, beta.float())
-    assert torch.allclose(small.sigma2[1:], tilde[1:].float(), rtol=1e-5) and small.sigma2[0] == small.sigma2[1]
+    assert torch.allclose(small.sigma2[1:], tilde[1:].float(), rtol=1e-5)
+    assert small.sigma2[0] == small.sigma2[1]
 
 
 def test_posterior_mean_is_bayes_rule():
-    """q(x_{t-1} | x_t, x_0) is the product of two Gaussians in x_{t-1}: precisions add, means are weighted by them."""
+    """q(x_{t-1} | x_t, x_0) is a product of two Gaussians in x_{t-1}: precisions add, and weigh the means."""
     d, t = DenoiseDiffusion(None, 1000), torch.arange(1, 1000)
     x0, eps = torch.full((999, 1), 0.3), torch.full((999, 1), 0.5)
     xt = d.q_sample(x0, t, eps).double()

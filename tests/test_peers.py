@@ -56,7 +56,7 @@ def test_torchcfm_to_equality(torchcfm, path, sigma, shape):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("path", ["ot", "sb"])
 def test_torchcfm_to_equality_after_pairing(torchcfm, path, sigma, shape, monkeypatch):
-    """torchcfm draws pairs from the plan with replacement; ours are its support. From there on all must be equal."""
+    """torchcfm draws pairs from the plan with replacement; ours are its support. Then all must be equal."""
     if path == "sb" and sigma == 0:
         for matcher in (torchcfm.SchrodingerBridgeConditionalFlowMatcher, PATHS["sb"]):
             with pytest.raises(ValueError):

@@ -41,7 +41,7 @@ def test_every_sampler_converges_to_the_exact_flow_at_its_order(name, sampler, o
         for n in steps
     ]
     slope = math.log2(errors[0] / errors[1])
-    # On cfm's even steps in tau, lambda = log(tau / (1 - tau)) has its ends at infinity: order 2 up to a logarithm.
+    # On cfm's even steps in tau, lambda = log(tau / (1 - tau)) has its ends at infinity: order 2 up to a log.
     slack = 0.45 if (name, sampler) == ("cfm", "dpm++") else 0.7 if sampler == "rk4" else 0.15
     assert order - slack < slope < order + 0.7 and errors[1] < 0.03, (slope, errors)
 
@@ -179,7 +179,7 @@ def test_ddim_is_deterministic_at_eta_0_and_not_at_1():
     ],
 )
 def test_samples_have_the_distribution_of_the_data(name, options):
-    """Of 20,000: the largest distance of the empirical cdf from the exact one exceeds 0.0137 once in a thousand."""
+    """Of 20,000: the largest distance between empirical and exact cdf exceeds 0.0137 once in a thousand."""
     method = {
         "ddpm": lambda: exact_ddpm(TWO),
         "fixedsmall": lambda: exact_ddpm(TWO, variance="fixedsmall"),
@@ -254,8 +254,8 @@ def test_likelihood_of_a_mixture_and_hutchinsons_estimate():
 @pytest.mark.parametrize("schedule, n_steps", [("linear", 1000), ("cosine", 200)])
 def test_bound_of_a_gaussian_is_exact_to_three_digits(variance, schedule, n_steps):
     """
-    With the exact model, each gap between the means is the x0 coefficient of the posterior mean times x0 - E[x0
-    | xt], whose variance has a closed form. L_0 is an integral over x1 for each of the 256 levels.
+    With the exact model, each gap between the means is the x0 coefficient of the posterior mean times
+    x0 - E[x0 | xt], whose variance has a closed form. L_0 is an integral over x1 for each of the 256 levels.
     """
     m, s = 0.1, 0.2
     method = exact_ddpm(((1.0, m, s),), n_steps, schedule=schedule, variance=variance)
@@ -307,7 +307,7 @@ def test_the_decoder_of_the_bound_sums_to_one_and_has_no_holes():
 
 
 def test_ddim_with_eta_1_from_one_step_to_the_next_is_the_posterior():
-    """There its mean and variance are those of q(x_{t-1} | x_t, x_0) at the predicted x0: eq. 7 of Ho et al."""
+    """There mean and variance are those of q(x_{t-1} | x_t, x_0) at the predicted x0: eq. 7 of Ho et al."""
     for t in (1, 10, 300, 998):
         method = DenoiseDiffusion(lambda t, x, y: torch.tanh(x), 1000)
         flow, xt, z = Flow(method), torch.randn(50, 4), torch.randn(50, 4)
@@ -323,7 +323,7 @@ def test_ddim_with_eta_1_from_one_step_to_the_next_is_the_posterior():
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("sampler", ["euler", "heun", "rk4", "dopri5", "ddim", "dpm++"])
 def test_an_error_in_eps_is_not_magnified_where_there_is_almost_nothing_but_noise(schedule, sampler):
-    """x0 = (x - sigma eps) / alpha, and alpha ends at 5e-5 in the cosine schedule: clipping holds that in check."""
+    """x0 = (x - sigma eps) / alpha, and alpha ends at 5e-5 in the cosine schedule: clipping limits that."""
     exact = exact_ddpm(((1.0, 0.0, 0.4),), schedule=schedule)
     wrong = exact_ddpm(((1.0, 0.0, 0.4),), schedule=schedule)
     wrong.eps_model = lambda t, x, y, right=exact.eps_model: right(t, x) * 1.02
@@ -390,7 +390,7 @@ def test_slerp_keeps_noise_noise():
 
 
 def test_flow_reads_ddpm_at_its_own_times():
-    """At the taus of its own t the eps model is asked for exactly these, and Euler's step is ddim's formula."""
+    """At the taus of its own t the eps model is asked for just these, and Euler's step is ddim's formula."""
     seen = {}
 
     def eps_model(t, x, y):

@@ -1,4 +1,4 @@
-"""The UNet's promises: any size, any channels, times and labels that matter, nothing predicted at first; and Muon."""
+"""The UNet's promises: any size, any channels, times and labels matter, 0 predicted at first; and Muon."""
 
 import copy
 
@@ -129,7 +129,8 @@ def test_muon_does_to_kernels_what_torchs_muon_does_and_to_the_rest_what_adamw_d
     ours = Muon(a.parameters(), lr=0.01, weight_decay=0.1)
     flat = [torch.nn.Parameter(p.detach().flatten(1)) for p in b.parameters() if p.dim() == 4]
     muon = torch.optim.Muon(flat, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW([p for p in b.parameters() if p.dim() != 4], 0.01, betas=(0.9, 0.99), weight_decay=0.1)
+    rest = [p for p in b.parameters() if p.dim() != 4]
+    adamw = torch.optim.AdamW(rest, 0.01, betas=(0.9, 0.99), weight_decay=0.1)
     before = copy.deepcopy(a)
     for i in range(5):
         set_gradients(i)
