@@ -330,22 +330,23 @@ def test_a_stopped_and_resumed_run_equals_a_straight_one_bit_for_bit(script, tmp
     refused(other, *resume, cwd=tmp_path, message=f"is a run of {script}.py")
 
 
-@pytest.mark.parametrize("script", ["ddpm", "cfm"])
-def test_two_processes_do_what_one_does_in_two_micro_batches(script, tmp_path):
+@pytest.mark.parametrize("script, n", [("ddpm", 2), ("cfm", 2), ("cfm", 4)])
+def test_several_processes_do_what_one_does_in_as_many_micro_batches(script, n, tmp_path):
     args = [*TINY, "--max_iters=5", "--out_dir"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    two = [*torchrun, *command(script, *args, "two")[1:]]
-    done = subprocess.run(two, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+    together = [*torchrun, *command(script, *args, "together")[1:]]
+    done = subprocess.run(together, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("iteration 5 of 5") == 1  # one process alone speaks and writes
-    assert "of 32 pictures" in done.stdout and "2 processes" in done.stdout
-    here(script, *args, "one", "--gradient_accumulation_steps=2", cwd=tmp_path)
-    here(script, *args, "half", cwd=tmp_path)  # what the first process would do alone
-    two, one, half = (
+    assert f"of {16 * n} pictures" in done.stdout and f"{n} processes" in done.stdout
+    here(script, *args, "one", f"--gradient_accumulation_steps={n}", cwd=tmp_path)
+    here(script, *args, "part", cwd=tmp_path)  # what the first process would do alone
+    together, one, part = (
         torch.cat([v.flatten() for v in checkpoint(tmp_path / d)["model"].values()])
-        for d in ("two", "one", "half")
+        for d in ("together", "one", "part")
     )
-    assert (two - one).norm() < 1e-2 * (two - half).norm() and (two - half).norm() > 1e-3 * one.norm()
+    gap = (together - part).norm()
+    assert (together - one).norm() < 1e-2 * gap and gap > 1e-3 * one.norm()
 
 
 def test_two_processes_stop_together_and_one_goes_on(tmp_path):
