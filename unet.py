@@ -192,7 +192,8 @@ class Muon(torch.optim.Optimizer):
         for p in params:
             alike[p.shape if p.dim() == 4 else "no kernel"].append(p)
         super().__init__([{"params": group} for group in alike.values()],
-                         {"lr": lr, "betas": betas, "momentum": momentum, "weight_decay": weight_decay})
+                         {"lr": lr, "betas": betas, "momentum": momentum, "weight_decay": weight_decay,
+                          "fused": True})              # or load_state_dict() would leave the steps on the CPU
 
     @torch.no_grad()
     def step(self):

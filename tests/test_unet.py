@@ -146,6 +146,18 @@ def test_muon_does_to_kernels_what_torchs_muon_does_and_to_the_rest_what_adamw_d
             assert torch.allclose(p, q, atol=1e-6)
 
 
+def test_the_state_of_muon_goes_where_the_parameters_are():
+    """A checkpoint is loaded on the CPU; the meta device stands for a GPU."""
+    a, _, set_gradients = two_models()
+    one = Muon(a.parameters())
+    set_gradients(0)
+    one.step()
+    other = Muon(copy.deepcopy(a).to("meta").parameters())
+    other.load_state_dict(one.state_dict())
+    assert {v.device.type for state in other.state.values() for v in state.values()} == {"meta"}
+    assert {len(state) for state in other.state.values()} == {1, 3}
+
+
 def test_muon_goes_on_from_its_state_and_leaves_alone_what_has_no_gradient():
     a, b, set_gradients = two_models()
     one, other = Muon(a.parameters()), Muon(b.parameters())
