@@ -2,7 +2,7 @@
 Conditional flow matching in one file: Lipman et al. 2022 (arXiv 2210.02747), Tong et al. 2023 (2302.00482).
 
     python cfm.py                                              # MNIST, eight epochs; watch out/cfm
-    python cfm.py --sigma=0.1 --batch_size=64                  # any option below; --help lists them
+    python cfm.py --sigma=0.1 --batch_size=128                 # any option below; --help lists them
     python cfm.py --dataset=path/to/pictures --image_size=64   # your own, labelled by their subfolders
     python cfm.py --init_from=resume                           # go on where a run was stopped
     torchrun --standalone --nproc_per_node=4 cfm.py            # on four GPUs
@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 from torchvision.utils import save_image
 
-from configurator import (choose_machine, configure, explained, fail, first_process_first, if_the_disk_allows,
-                          join_processes, load_checkpoint, load_data, resume, save_checkpoint, start_run,
-                          stop_signals, whole)
+from configurator import (choose_machine, configure, explained, fail, first_process_first, holds_a_run,
+                          if_the_disk_allows, join_processes, load_checkpoint, load_data, resume,
+                          save_checkpoint, say, start_run, stop_signals, whole)
 from unet import Muon, UNet
 
 # ------------------------------------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ out_dir = "out/cfm"
 path = "icfm"             # from noise to data: icfm, ot, target, vp or sb, see the classes below
 sigma = 0.0               # width of the path around its mean; sb needs one, such as 0.5
 t_mean = -0.4             # times to train at: sigmoids of normal draws of this mean; below 0: nearer the noise
-t_uniform = 0.0           # share of them that is uniform instead
+t_uniform = 0.0           # share of a batch's, in whole pictures, that are uniform instead
 sampler = "euler"         # or midpoint, heun, rk4, dopri5, ddim, dpm++: see sample.py
 sample_steps = 6          # midpoint and heun take 2 evaluations of the model each, rk4 4
 guidance = 1.0            # 1: the conditional model as is; 0: the unconditional; above 1: exaggerated labels
@@ -260,7 +260,7 @@ if __name__ == "__main__":
     if init_from == "resume":
         checkpoint = load_checkpoint(ckpt_path, METHOD)
         config = resume(globals(), LIMITS, checkpoint, FIXED)
-    elif any(Path(out_dir).glob("ckpt*.pt")) and not overwrite:
+    elif holds_a_run(out_dir) and not overwrite:
         fail(f"{out_dir} holds a run: go on by --init_from=resume, or add --overwrite or another --out_dir")
     shape = "channels", "channel_mults", "n_res_blocks", "attention_levels", "dropout", "patch"
     model_args = {k: config[k] for k in shape}
@@ -270,6 +270,8 @@ if __name__ == "__main__":
             UNet(**model_args)
     if guidance != 1 and not conditional:
         fail(f"--guidance={guidance}: without labels there is nothing to be guided by")
+    if guidance != 1 and not label_dropout:
+        fail(f"--guidance={guidance} needs the unconditional model too, so a --label_dropout above 0")
 
     # device, precision, processes
     device, dtype, compile = choose_machine(device, dtype, compile)
@@ -277,7 +279,7 @@ if __name__ == "__main__":
     rank, world, cpu_group = join_processes(device)
 
     # data: all of it on the device, as uint8
-    with explained(f"--dataset={dataset}: "), first_process_first(rank, cpu_group):
+    with first_process_first(rank, cpu_group), explained(f"--dataset={dataset}: "):
         splits = load_data(dataset, data_dir, image_size, conditional)
     (x_train, y_train), (x_val, y_val) = [(x.to(device), y.to(device)) for x, y in splits]
     num_classes = int(max(y_train.max(), y_val.max())) + 1
@@ -297,9 +299,10 @@ if __name__ == "__main__":
         if checkpoint["model_args"] != model_args:
             fail(f"--dataset={dataset} has changed: the model of {out_dir} is for {checkpoint['model_args']}")
         with explained(f"{ckpt_path} is of another version of this program: "):
-            for name, part in dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler).items():
-                if name != "scaler" or scaler.is_enabled() and checkpoint["scaler"]:
-                    part.load_state_dict(checkpoint[name])
+            for name, part in {"model": model, "ema": ema, "optimizer": optimizer}.items():
+                part.load_state_dict(checkpoint[name])
+            if scaler.is_enabled() and checkpoint["scaler"]:
+                scaler.load_state_dict(checkpoint["scaler"])
             losses.copy_(checkpoint["losses"])
         it = checkpoint["iteration"]
     net = torch.compile(model) if compile else model
@@ -311,6 +314,7 @@ if __name__ == "__main__":
     x_val, y_val = x_val[:256].float() / 127.5 - 1, y_val[:256]
     noise_val = torch.randn(x_val.shape, generator=fixed).to(device)
     u_val = torch.rand(len(x_val), generator=fixed).to(device)
+    parts_val = [v.split(batch_size) for v in (x_val, noise_val, y_val, u_val)]
     noise_grid = torch.randn(100, *x_val.shape[1:], generator=fixed).to(device)
     y_grid = (torch.arange(100) // 10 % num_classes if num_classes else torch.full((100,), -1)).to(device)
 
@@ -318,15 +322,15 @@ if __name__ == "__main__":
     pictures_per_iter = batch_size * gradient_accumulation_steps * world
     if rank == 0:
         with explained(f"--out_dir={out_dir}: "):
-            log, lock = start_run(ckpt_path, log_path, init_from, it)     # the lock lasts while it has a name
-        print(f"{METHOD} on {dataset}: {len(x_train)} pictures of {tuple(x_val.shape[1:])}, "
-              f"{num_classes} classes\n"
-              f"{sum(p.numel() for p in model.parameters()):,} parameters, "
-              f"{ema.flops(x_val[:1]) / 1e6:.1f} MFLOP a picture in a forward pass\n"
-              f"{device}, {dtype}, {'compiled' if compile else 'not compiled'}, "
-              f"{world} process{'es' * (world > 1)}\n"
-              f"iterations {it} to {max_iters}, of {pictures_per_iter} pictures each\n"
-              f"samples, log.csv and ckpt.pt go to {Path(out_dir).resolve()}", flush=True)
+            log, lock = start_run(ckpt_path, log_path, init_from, overwrite, it)  # the name keeps the lock
+        say(f"{METHOD} on {dataset}: {len(x_train)} pictures of {tuple(x_val.shape[1:])}, "
+            f"{num_classes} classes\n"
+            f"{sum(p.numel() for p in model.parameters()):,} parameters, "
+            f"{ema.flops(x_val[:1]) / 1e6:.1f} MFLOP a picture in a forward pass\n"
+            f"{device}, {dtype}, {'compiled' if compile else 'not compiled'}, "
+            f"{world} process{'es' * (world > 1)}\n"
+            f"iterations {it} to {max_iters}, of {pictures_per_iter} pictures each\n"
+            f"samples, log.csv and ckpt.pt go to {Path(out_dir).resolve()}")
 
     saved, last, last_time = it, it, time.time()                             # the latest checkpoint, log line
     while it < max_iters and not stop:
@@ -371,20 +375,21 @@ if __name__ == "__main__":
         if evaluating:
             torch.manual_seed(seed)
             with autocast, torch.no_grad():
-                quarters = [averaged.loss(x_val, noise_val, y_val, (q + u_val) / 4).item() for q in range(4)]
+                quarters = [sum(len(x) * averaged.loss(x, noise, y, (q + u) / 4) for x, noise, y, u in
+                                zip(*parts_val)).item() / len(x_val) for q in range(4)]
             held_out = [sum(quarters) / 4, *quarters]
         if not math.isfinite(mean + sum(held_out) + sum(p.detach().sum() for p in model.parameters())):
             fail(f"the loss or a weight is not finite at iteration {it}: try a smaller --learning_rate, or "
                  f"--dtype=float32; {ckpt_path}, if there is one, is from before that")
-        skipped = it - int(optimizer.state[model.conv_in.bias].get("step", 0))    # float16 gradients overflowed
+        steps = int(optimizer.state[model.conv_in.bias].get("step", 0))      # Muon counts them for biases only
         if evaluating or logging:
             row = [f"{it},{mean:.6f},{lr:.3e},{speed:.0f}", *([f"{v:.6f}" for v in held_out] or [""] * 5)]
             log.append(",".join(row))
             with if_the_disk_allows(log_path), whole(log_path) as f:
                 f.write("\n".join([*log, ""]).encode())
-            print(f"iteration {it} of {max_iters}: loss {mean:.4f}, {speed:.0f} pictures/s, "
-                  f"{(max_iters - it) * pictures_per_iter / speed / 60:.1f} min left"
-                  + f", {skipped} steps skipped" * (skipped > 0), flush=True)
+            say(f"iteration {it} of {max_iters}: loss {mean:.4f}, {speed:.0f} pictures/s, "
+                f"{(max_iters - it) * pictures_per_iter / speed / 60:.1f} min left"
+                + f", {it - steps} steps skipped" * (it > steps))           # where float16 overflowed
             losses.zero_()
         if evaluating or stop:
             with if_the_disk_allows(ckpt_path):
@@ -395,20 +400,20 @@ if __name__ == "__main__":
                 saved = it
         if evaluating:
             with autocast:
-                grid, _ = draw(averaged, noise_grid, y_grid, sample_steps, sampler, guidance)
+                grid = torch.cat([draw(averaged, noise, y, sample_steps, sampler, guidance)[0] for noise, y in
+                                  zip(noise_grid.split(batch_size), y_grid.split(batch_size))])
             png = Path(out_dir, f"sample-{it}.png")
             with if_the_disk_allows(png), whole(png) as f:
                 save_image(grid, f, nrow=10, normalize=True, value_range=(-1, 1), format="png")
-            print("held-out loss {:.4f}, by quarter of t {:.4f} {:.4f} {:.4f} {:.4f}; ".format(*held_out)
-                  + f"drew {png.name}", flush=True)
+            say("held-out loss {:.4f}, by quarter of t {:.4f} {:.4f} {:.4f} {:.4f}; ".format(*held_out)
+                + f"drew {png.name}")
         last, last_time = it, time.time()
     code = 128 + int(stop) if stop else 0
     if rank == 0 and saved < it:
-        print(f"the end, iteration {it}, could not be saved: {ckpt_path}, if there, is older", file=sys.stderr)
+        say(f"the end, iteration {it}, could not be saved: {ckpt_path}, if there, is older", file=sys.stderr)
         code = 1
     elif rank == 0 and it < max_iters:
-        print(f"stopped, and saved at iteration {it}: go on by --init_from=resume --out_dir={out_dir}",
-              flush=True)
+        say(f"stopped, and saved at iteration {it}: go on by --init_from=resume --out_dir={out_dir}")
     if world > 1:
         dist.barrier(cpu_group)                                       # the first process may still be drawing
         os._exit(code)        # at once: taking gloo's threads down one by one now and then aborts the process

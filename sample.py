@@ -17,6 +17,7 @@ The same seed gives the same pictures, whatever the batch_size, up to rounding.
 """
 import importlib
 import math
+import tempfile
 import time
 from pathlib import Path
 
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.utils import save_image
 
-from configurator import (choose_machine, configure, explained, fail, load_checkpoint, load_data,
+from configurator import (choose_machine, configure, explained, fail, load_checkpoint, load_data, say,
                           stop_signals, whole)
 from unet import UNet
 
@@ -179,7 +180,7 @@ class Flow:
     def count(self):
         self.evaluations += 1
         if time.time() - self.told > 10:
-            print(f"{self.evaluations} evaluations of the model so far", flush=True)
+            say(f"{self.evaluations} evaluations of the model so far")
             self.told = time.time()
 
     def __call__(self, tau, z):
@@ -309,9 +310,10 @@ if __name__ == "__main__":
     if labels and max(labels) >= num_classes:
         known = f"0 to {num_classes - 1}" if num_classes else "none"
         fail(f"--labels: there is no {max(labels)}, the model has {known}")
-    if guidance != 1 and (real or not num_classes):
+    if guidance != 1 and (real or not num_classes or not config["label_dropout"]):
         fail(f"--guidance={guidance}: " + ("the flow is that of the model as it is" if real else
-             "the model was trained without labels, so it has nothing to be guided by"))
+             "the model was trained without labels, so it has nothing to be guided by" if not num_classes else
+             "the model was trained with --label_dropout=0, so it knows no picture without a label"))
     config |= {"sampler": sampler, "task": task}
     with explained():
         script.build(None, config, "cpu")
@@ -321,8 +323,9 @@ if __name__ == "__main__":
         torch.backends.cudnn.allow_tf32 = False
         torch.set_float32_matmul_precision("highest")
     save = Path(out_dir, f"{'samples' if task == 'draw' else task}.png") if save == "auto" else Path(save)
-    if save.suffix not in (".png", ".npz", "") or save.is_dir() and any(save.iterdir()):
-        fail(f"--save={save}: must end in .png or .npz, or else be a new or empty folder")
+    with explained(f"--save={save}: "):
+        if save.suffix not in (".png", ".npz", "") or save.is_dir() and (save.suffix or any(save.iterdir())):
+            fail(f"--save={save}: must end in .png or .npz, or else be a new or empty folder without a dot")
     if real:
         with explained(f"the data of the run, {config['dataset']}: "):
             _, (x_val, y_val) = load_data(config["dataset"], config["data_dir"], config["image_size"])
@@ -338,16 +341,17 @@ if __name__ == "__main__":
         y = y.repeat_interleave(per_label).repeat(-(-n_samples // (len(y) * per_label)))[:n_samples]
     if task != "likelihood":
         with explained(f"--save={save}: "):
-            (save.parent if save.suffix else save).mkdir(parents=True, exist_ok=True)
-
+            folder = save.parent if save.suffix else save
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()                        # before hours of drawing
     method = script.build(model.to(device), config, device)
     bound = task == "likelihood" and is_ddpm
     how = ("the bound, all steps" if bound else "ancestral, all steps" if sampler == "ancestral" else
            f"dopri5, atol {atol}, rtol {rtol}" if sampler == "dopri5" else f"{sampler}, {steps} steps")
-    print(f"{task} {n_samples} pictures by {script.METHOD}, iteration {checkpoint['iteration']}: {how}, "
-          f"guidance {guidance}, on {device}", flush=True)
+    say(f"{task} {n_samples} pictures by {script.METHOD}, iteration {checkpoint['iteration']}: {how}, "
+        f"guidance {guidance}, on {device}")
 
-    asked, code = stop_signals(), 0
+    asked = stop_signals()
     pictures, bits, spent, start = np.empty((n_samples, H, W, C), np.uint8), [], [], time.time()
     for i in range(0, n_samples, batch_size):
         numbers, label = range(n_samples)[i:i + batch_size], y[i:i + batch_size].to(device)
@@ -389,12 +393,12 @@ if __name__ == "__main__":
                         Image.fromarray(picture.squeeze(2) if C == 1 else picture).save(save / f"{n:06d}.png")
         done = i + len(label)
         if asked and done < n_samples:
-            print(f"stopped after {done} of {n_samples}", flush=True)
-            n_samples, code = done, 128 + asked[0]
+            say(f"stopped after {done} of {n_samples}")
+            n_samples = done
             break
         if done < n_samples:
             left = (time.time() - start) / done * (n_samples - done) / 60
-            print(f"{done} done, {left:.1f} min left", flush=True)
+            say(f"{done} done, {left:.1f} min left")
     pictures, y = pictures[:n_samples], y[:n_samples]
     took = f"{time.time() - start:.1f} s, {max(spent)} evaluations of the model"
 
@@ -405,7 +409,7 @@ if __name__ == "__main__":
         error = f" +- {bits.sum(0).std() / math.sqrt(n_samples):.4f}" if n_samples > 1 else ""
         print(f"at most {bits.sum(0).mean():.4f}{error} bits/dim (mean of {n_samples} held-out pictures, "
               "and its error)" + (f", of {' + '.join(terms)}" if bound else "") + f"; {took}")
-        raise SystemExit(code)
+        raise SystemExit(128 + asked[0] if asked else 0)
     if task == "reconstruct":
         gap = pictures - x_val[:n_samples].permute(0, 2, 3, 1).numpy().astype(float)
         print(f"restored to {np.sqrt((gap**2).mean()):.3f} of 255 grey levels (rms), "
@@ -417,4 +421,4 @@ if __name__ == "__main__":
             else:
                 np.savez(f, pictures, *([y.numpy()] if num_classes else []))     # named arr_0, arr_1 by numpy
     print(f"{took}: {save}")
-    raise SystemExit(code)
+    raise SystemExit(128 + asked[0] if asked else 0)

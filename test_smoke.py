@@ -402,6 +402,23 @@ def test_unconditional(tmp_path):
         assert np.load(tmp_path / "x.npz").files == ["arr_0"]
         refused("sample", f"--out_dir={script}", "--labels=0", cwd=tmp_path, message="the model has none")
         refused("sample", f"--out_dir={script}", "--guidance=2", cwd=tmp_path, message="without labels")
+        always = [*TINY, "--max_iters=1", "--label_dropout=0", f"--out_dir=always-{script}"]
+        here(script, *always, cwd=tmp_path)
+        args = [f"--out_dir=always-{script}", "--guidance=2"]
+        refused("sample", *args, cwd=tmp_path, message="no picture without a label")
+
+
+@pytest.mark.parametrize("script", ["ddpm", "cfm"])
+def test_evaluation_takes_as_much_memory_as_training_and_batches_make_no_difference(script, tmp_path):
+    """At a learning rate of 0 runs differ only in how the same held-out pictures are taken together."""
+    found = {}
+    for n in (100, 256):
+        args = ["--dataset=synthetic", "--image_size=8", "--channels=8", "--device=cpu", "--learning_rate=0"]
+        here(script, *args, "--max_iters=1", f"--batch_size={n}", f"--out_dir={n}", cwd=tmp_path)
+        row = list(csv.reader((tmp_path / str(n) / "log.csv").open()))[1]
+        found[n] = [float(v) for v in row[4:]], np.asarray(Image.open(tmp_path / str(n) / "sample-1.png"))
+    assert found[100][0] == pytest.approx(found[256][0], rel=1e-5) and len(found[100][0]) == 5
+    assert abs(found[100][1].astype(int) - found[256][1]).max() <= 1
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -436,6 +453,7 @@ def test_cuda(script, tmp_path):
     done = run(script, *args, "--max_iters=8", "--out_dir=x", cwd=tmp_path)
     assert "cuda:0, " in done.stdout and "float32" not in done.stdout and ", compiled" in done.stdout
     assert not any("_orig_mod" in k for k in checkpoint(tmp_path / "x")["model"])
+    run(script, "--init_from=resume", "--out_dir=x", "--max_iters=12", cwd=tmp_path)
     sample("--out_dir=x", "--n_samples=2", cwd=tmp_path)
 
 

