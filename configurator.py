@@ -225,7 +225,7 @@ def save_checkpoint(path, **content):
             kept.unlink(missing_ok=True)
             try:
                 os.link(path, kept)                  # not moved there: at no moment may there be none at path
-            except OSError:                           # a file system without hard links
+            except OSError:                          # a file system without hard links
                 shutil.copyfile(path, kept)
             os.replace(kept, previous(path))
 

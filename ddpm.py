@@ -111,8 +111,8 @@ class DenoiseDiffusion:
             beta = 1 - f[1:] / f[:-1]
         beta = beta.clamp(max=0.999)
         alpha, alpha_bar = 1 - beta, (1 - beta).cumprod(0)
-        prev = torch.cat([torch.ones(1), alpha_bar[:-1]])   # alpha_bar of the step before: at first, no noise
-        beta_tilde = beta * (1 - prev) / (1 - alpha_bar)          # variance of q(x_{t-1} | x_t, x_0), eq. 7
+        prev = torch.cat([torch.ones(1), alpha_bar[:-1]])  # alpha_bar of the step before: at first, no noise
+        beta_tilde = beta * (1 - prev) / (1 - alpha_bar)   # variance of q(x_{t-1} | x_t, x_0), eq. 7
         beta_tilde[0] = beta_tilde[1]                      # not 0, which the decoder in the bound cannot have
         snr = alpha_bar / (1 - alpha_bar)
         weight = torch.ones_like(snr)
