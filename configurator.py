@@ -282,9 +282,10 @@ def stop_signals():
                 os.write(2, b"stopping as soon as what is at hand is done; once more: at once\n")
 
     asked = []
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):                                 # Windows has no SIGHUP
-        if (number := getattr(signal, name, None)) and signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, ask)
+    signal.signal(signal.SIGINT, ask)
+    signal.signal(signal.SIGTERM, ask)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, ask)
     return asked
 
 

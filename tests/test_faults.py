@@ -31,9 +31,21 @@ STOPPING = "stopping as soon as what is at hand is done; once more: at once\n"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
-def start(script, *args, cwd, **options):
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_on_after_a_test():
+    yield
+    while STARTED:
+        STARTED.pop().kill()
+
+
+def start(script, *args, cwd, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)):
+    """By default as from a terminal, also if these tests run under nohup."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command(script, *args), cwd=cwd, **pipes, **options)
+    STARTED.append(subprocess.Popen(command(script, *args), cwd=cwd, preexec_fn=preexec_fn, **pipes))
+    return STARTED[-1]
 
 
 def wait_for(process, beginning):
