@@ -330,69 +330,6 @@ def test_a_stopped_and_resumed_run_equals_a_straight_one_bit_for_bit(script, tmp
     refused(other, *resume, cwd=tmp_path, message=f"is a run of {script}.py")
 
 
-@pytest.mark.parametrize("script, n", [("ddpm", 2), ("cfm", 2), ("cfm", 4)])
-def test_several_processes_do_what_one_does_in_as_many_micro_batches(script, n, tmp_path):
-    args = [*TINY, "--max_iters=5", "--out_dir"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-    together = [*torchrun, *command(script, *args, "together")[1:]]
-    done = subprocess.run(together, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("iteration 5 of 5") == 1  # one process alone speaks and writes
-    assert f"of {16 * n} pictures" in done.stdout and f"{n} processes" in done.stdout
-    here(script, *args, "one", f"--gradient_accumulation_steps={n}", cwd=tmp_path)
-    here(script, *args, "part", cwd=tmp_path)  # what the first process would do alone
-    together, one, part = (
-        torch.cat([v.flatten() for v in checkpoint(tmp_path / d)["model"].values()])
-        for d in ("together", "one", "part")
-    )
-    gap = (together - part).norm()
-    assert (together - one).norm() < 1e-2 * gap and gap > 1e-3 * one.norm()
-
-
-def test_two_processes_stop_together_and_one_goes_on(tmp_path):
-    """SIGTERM to torchrun: the state is saved whole, and a single process can continue it."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    args = [*TINY, "--max_iters=100000", "--out_dir=x"]
-    process = subprocess.Popen(
-        [*torchrun, *command("cfm", *args)[1:]],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    for line in process.stdout:
-        if line.startswith("iteration 40 "):
-            process.send_signal(signal.SIGTERM)
-            break
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode != 0 and "stopped, and saved at iteration" in out
-    stopped_at = checkpoint(tmp_path / "x")["iteration"]
-    printed = here("cfm", "--init_from=resume", "--out_dir=x", f"--max_iters={stopped_at + 1}", cwd=tmp_path)
-    assert "resuming with max_iters" in printed and f"iteration {stopped_at + 1} of" in printed
-
-
-def test_the_preset_for_cifar10_runs(tmp_path):
-    """The whole model, on a few pictures of its size."""
-    np.savez(tmp_path / "few.npz", np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8))
-    args = ["config/cifar10.py", "--dataset=few.npz", "--max_iters=2", "--batch_size=2", "--log_interval=1"]
-    printed = here("ddpm", *args, "--sampler=euler", "--sample_steps=1", "--device=cpu", cwd=tmp_path)
-    assert "35,746,307 parameters" in printed and "iteration 2 of 2" in printed
-    state = checkpoint(tmp_path / "out" / "cifar10")
-    assert state["config"]["t_uniform"] == 1
-    assert state["config"]["muon"] is False and "exp_avg" in state["optimizer"]["state"][0]
-
-
-@pytest.mark.parametrize("script", ["ddpm", "cfm"])
-def test_the_preset_for_an_hour_runs(script, tmp_path):
-    """The whole model, on a few pictures of its size."""
-    pictures = np.random.default_rng(0).integers(0, 256, (20, 28, 28, 1), dtype=np.uint8)
-    np.savez(tmp_path / "few.npz", pictures, np.arange(20) % 10)
-    args = ["--dataset=few.npz", "--max_iters=2", "--log_interval=1", "--sample_steps=1", "--device=cpu"]
-    printed = here(script, "config/mnist_hour.py", *args, cwd=tmp_path)
-    assert "654,180 parameters" in printed and "iteration 2 of 2" in printed
-    assert checkpoint(tmp_path / "out" / script)["config"]["channels"] == 32
-
-
 def test_unconditional(tmp_path):
     for script in ("ddpm", "cfm"):
         here(script, *TINY, "--max_iters=1", "--conditional=false", f"--out_dir={script}", cwd=tmp_path)
