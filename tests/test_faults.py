@@ -24,11 +24,11 @@ import torch
 
 import configurator
 from configurator import load_checkpoint, previous
+from test_processes import TORCHRUN
 from test_smoke import TINY, checkpoint, command, flat, here, refused, run, run_here
 
 RESUME = ["--init_from=resume", "--out_dir=x"]
 STOPPING = "stopping as soon as what is at hand is done; once more: at once\n"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
 STARTED = []

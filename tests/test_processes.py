@@ -9,12 +9,13 @@ import torch
 
 from test_smoke import TINY, checkpoint, command, here
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
 
 @pytest.mark.parametrize("script, n", [("ddpm", 2), ("cfm", 2), ("cfm", 4)])
 def test_several_processes_do_what_one_does_in_as_many_micro_batches(script, n, tmp_path):
     args = [*TINY, "--max_iters=5", "--out_dir"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-    together = [*torchrun, *command(script, *args, "together")[1:]]
+    together = [*TORCHRUN, f"--nproc_per_node={n}", *command(script, *args, "together")[1:]]
     done = subprocess.run(together, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("iteration 5 of 5") == 1  # one process alone speaks and writes
@@ -31,10 +32,9 @@ def test_several_processes_do_what_one_does_in_as_many_micro_batches(script, n, 
 
 def test_two_processes_stop_together_and_one_goes_on(tmp_path):
     """SIGTERM to torchrun: the state is saved whole, and a single process can continue it."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     args = [*TINY, "--max_iters=100000", "--out_dir=x"]
     process = subprocess.Popen(
-        [*torchrun, *command("cfm", *args)[1:]],
+        [*TORCHRUN, "--nproc_per_node=2", *command("cfm", *args)[1:]],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
