@@ -65,9 +65,10 @@ def plot(results, file):
     import matplotlib.pyplot as plt
 
     _, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 4), sharey=True, squeeze=False)
+    colours = {sampler: f"C{i}" for i, sampler in enumerate(sorted(set().union(*results.values())))}
     for axis, (run, found) in zip(axes[0], results.items()):
         for sampler, points in found.items():
-            axis.plot(*list(zip(*points))[:2], marker="o", label=sampler)
+            axis.plot(*list(zip(*points))[:2], colours[sampler], marker="o", label=sampler)
         axis.set(title=run, xlabel="evaluations of the model", xscale="log", yscale="log", xticks=EVALUATIONS,
                  xticklabels=EVALUATIONS)
         axis.minorticks_off()
