@@ -326,6 +326,8 @@ if __name__ == "__main__":
     with explained(f"--save={save}: "):
         if save.suffix not in (".png", ".npz", "") or save.is_dir() and (save.suffix or any(save.iterdir())):
             fail(f"--save={save}: must end in .png or .npz, or else be a new or empty folder without a dot")
+    with explained(f"--n_samples={n_samples}: "):
+        pictures = np.empty((n_samples, H, W, C), np.uint8)                   # before hours of drawing, too
     if real:
         with explained(f"the data of the run, {config['dataset']}: "):
             _, (x_val, y_val) = load_data(config["dataset"], config["data_dir"], config["image_size"])
@@ -352,7 +354,7 @@ if __name__ == "__main__":
         f"guidance {guidance}, on {device}")
 
     asked = stop_signals()
-    pictures, bits, spent, start = np.empty((n_samples, H, W, C), np.uint8), [], [], time.time()
+    bits, spent, start = [], [], time.time()
     for i in range(0, n_samples, batch_size):
         numbers, label = range(n_samples)[i:i + batch_size], y[i:i + batch_size].to(device)
         sources = [torch.Generator().manual_seed(hash((seed, n))) for n in numbers]     # one for each picture

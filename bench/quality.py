@@ -12,6 +12,7 @@ The first run trains the classifier: seeded, some minutes on two cores, then kep
     coverage     the share of test images with a drawn one nearer, in features, than their fifth nearest among
                  themselves (Naeem et al. 2020, arXiv 2002.09797); the floor's row says what to hope for
     counts       how many are taken for a 0, a 1, ... a 9
+The floor's pictures are those that the classifier was trained with, so some of it is what it learned by heart.
 Fewer than 10,000 pictures are judged too, but the distance then comes out larger: compare equal numbers.
 """
 import math
@@ -145,6 +146,8 @@ if __name__ == "__main__":
         if x.shape[1:] != (28, 28, 1) or x.dtype != torch.uint8 or len(x) < 2:
             fail(f"{file}: arr_0 must be uint8 (N, 28, 28, 1), two at least, "
                  f"but is {x.dtype} {tuple(x.shape)}")
+        if y is not None and y.shape != x.shape[:1]:
+            fail(f"{file}: arr_1 must be a label for each of {len(x)} pictures, but is {tuple(y.shape)}")
         drawn[file] = x.permute(0, 3, 1, 2), y
 
     device, *_ = choose_machine(device)

@@ -7,8 +7,8 @@ How many evaluations of the model does a good picture take? Each sampler with 1,
 
 All samplers start from the same noise. Printed are the distance to the test set as a multiple of the floor
 and the share recognised, see bench/quality.py: the distance is larger than that of 10,000 pictures, so
-compare within the table only. A sampler whose step takes more than one evaluation has no entry where they do
-not suffice for one.
+compare within the table only. An entry is of as many steps as these evaluations suffice for: of cfm.py that
+may be none; of ddpm.py it is at least the last one, straight to the data, which takes one.
 """
 import importlib
 import math
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from configurator import choose_machine, configure, explained, load_checkpoint
+from configurator import choose_machine, configure, explained, fail, load_checkpoint
 from quality import floors, frechet, load_judge, look
 from sample import TABLEAUS, draw
 from unet import UNet
@@ -59,9 +59,6 @@ def curves(method, is_ddpm, samplers, judge):
 
 def plot(results, file):
     """A panel for each run: distance against evaluations, a line for each sampler."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     _, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 4), sharey=True, squeeze=False)
@@ -82,6 +79,15 @@ def plot(results, file):
 if __name__ == "__main__":
     configure(globals(), {"n_samples": (2, math.inf), "batch_size": (1, math.inf), "seed": (0, 2**63 - 1)})
     checkpoints = {run: load_checkpoint(Path(run, "ckpt.pt")) for run in runs.split(",")}
+    for run, checkpoint in checkpoints.items():
+        if checkpoint["picture_shape"] != (1, 28, 28) or checkpoint["model_args"]["num_classes"] != 10:
+            fail(f"{run} is no run of MNIST with labels, which the judge needs")
+    with explained():                                                         # before an hour of drawing
+        import matplotlib
+
+        matplotlib.use("Agg")
+        Path(picture).parent.mkdir(parents=True, exist_ok=True)
+        Path(picture).touch()
     device, *_ = choose_machine(device)
     with explained():
         judge, splits = load_judge(data_dir, device=device)

@@ -23,11 +23,12 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from configurator import choose_machine, configure, fail
+from configurator import choose_machine, configure, explained, fail
 from sample import draw
 from unet import Muon, UNet
 
 SHAPES = {"mnist": (1, 28, 28), "fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32), "synthetic": (1, 28, 28)}
+SIZES = "channels", "channel_mults", "n_res_blocks", "attention_levels", "dropout", "patch"
 
 
 def seconds(f, device, least=3.0):
@@ -63,13 +64,16 @@ def ceiling(device, dtype):
 def measure(script, config, device, dtype, compiled):
     """Prints the figures of one setting."""
     kind, top = getattr(torch, dtype), ceiling(device, getattr(torch, dtype))
-    shape, B = SHAPES[config["dataset"]], config["batch_size"]
+    if "cuda" in device:
+        torch.cuda.reset_peak_memory_stats()      # of the ceiling's matrices
+    (C, *sides), B = SHAPES[config["dataset"]], config["batch_size"]
+    shape = C, *([config["image_size"]] * 2 if config["image_size"] else sides)
     torch.manual_seed(0)
-    sizes = "channels", "channel_mults", "n_res_blocks", "attention_levels", "dropout", "patch"
-    model = UNet(shape[0], num_classes=10 if config["conditional"] else 0, **{k: config[k] for k in sizes})
+    model = UNet(shape[0], num_classes=10 if config["conditional"] else 0, **{k: config[k] for k in SIZES})
     model = model.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = (Muon if config["muon"] else torch.optim.AdamW)(model.parameters(), lr=1e-5)
+    optimizer = (Muon(model.parameters(), lr=1e-5) if config["muon"] else
+                 torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True))
     autocast = torch.autocast(torch.device(device).type, kind, enabled=dtype != "float32")
     trained = script.build(torch.compile(model) if compiled else model, config, device)
     averaged = script.build(ema, config, device)
@@ -93,7 +97,8 @@ def measure(script, config, device, dtype, compiled):
         x = part("batch", lambda: pictures[torch.randint(10_000, (B,)).to(device)].float() / 127.5 - 1)
         loss = part("forward", lambda: forward(x))
         part("backward", loss.backward)
-        part("clip", lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        if config["grad_clip"]:
+            part("clip", lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), config["grad_clip"]))
         part("optimizer", lambda: (optimizer.step(), optimizer.zero_grad()))
         part("average", lambda: torch._foreach_lerp_(list(ema.parameters()),
                                                      [p.detach() for p in model.parameters()], 0.001))
@@ -142,6 +147,10 @@ if __name__ == "__main__":
     if config["dataset"] not in SHAPES:
         fail(f"--dataset={config['dataset']}: choose {' or '.join(SHAPES)}")
     device, dtype, compiled = choose_machine(config["device"], config["dtype"], config["compile"])
+    with explained():                                                       # do the options go together?
+        script.build(None, config, "cpu")
+        with torch.device("meta"):
+            UNet(**{k: config[k] for k in SIZES})
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     if "cuda" in device:
         for dtype in ("bfloat16", "float32"):

@@ -106,7 +106,9 @@ def test_the_judge_learns_and_tells_good_pictures_from_bad():
 def test_quality_refuses_other_files_in_one_line(tmp_path):
     np.savez(tmp_path / "wide.npz", np.zeros((4, 28, 30, 1), np.uint8))
     (tmp_path / "text.npz").write_text("text")
-    messages = {"wide.npz": "must be uint8 (N, 28, 28, 1)", "text.npz": "text.npz: ", "no.npz": "No such"}
+    np.savez(tmp_path / "few.npz", np.zeros((4, 28, 28, 1), np.uint8), np.zeros(1, int))
+    messages = {"wide.npz": "must be uint8 (N, 28, 28, 1)", "text.npz": "text.npz: ", "no.npz": "No such",
+                "few.npz": "a label for each of 4 pictures"}
     for file, message in messages.items():
         done = bench("quality.py", file, cwd=tmp_path)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr

@@ -180,6 +180,7 @@ out/cfm | cannot read the config file
 --n_samples=-10 | not between 1
 --n_samples=ten | expected int
 --n_samples=1.5 | expected int
+--n_samples=1000000000000000 | Unable to allocate
 --batch_size=0 | not between 1
 --batch_size=-1 | not between 1
 --steps=-1 | not between 0
@@ -241,8 +242,11 @@ bench/quality | --juge_seed=0 x.npz | did you mean judge_seed?
 bench/quality | text.npz | text.npz
 bench/speed | ddmp | ddmp
 bench/speed | cfm --batch=3 | there is no such option
+bench/speed | cfm --path=sb | a sigma above 0
+bench/speed | ddpm --attention_levels=7 | attention_levels
 bench/samplers | --runs=nowhere | there is no whole checkpoint nowhere/ckpt.pt
 bench/samplers | --n_samples=0 | not between
+bench/samplers | --runs=ddpm | ddpm is no run of MNIST with labels
 bench/peers | --minutes=-1 | not between
 bench/peers | --peers=nobody | nobody
 """
