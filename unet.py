@@ -184,7 +184,7 @@ class Muon(torch.optim.Optimizer):
     (c_out, the rest), only the singular vectors count (Jordan et al. 2024, "Muon"). They are scaled to the
     size of AdamW's usual steps (Liu et al. 2025, arXiv 2502.16982, eq. 4), so that one learning rate serves
     both: all that is no kernel goes by AdamW. torch.optim.Muon takes one matrix at a time; those of one shape
-    together take a fifth of that on a CPU.
+    together take a quarter of that on a CPU.
     """
 
     def __init__(self, params, lr=4e-3, betas=(0.9, 0.99), momentum=0.95, weight_decay=0.01):
