@@ -25,4 +25,5 @@ def test_the_preset_for_an_hour_runs(script, tmp_path):
     args = ["--dataset=few.npz", "--max_iters=2", "--log_interval=1", "--sample_steps=1", "--device=cpu"]
     printed = here(script, "config/mnist_hour.py", *args, cwd=tmp_path)
     assert "654,180 parameters" in printed and "iteration 2 of 2" in printed
-    assert checkpoint(tmp_path / "out" / script)["config"]["channels"] == 32
+    config = checkpoint(tmp_path / "out" / script)["config"]
+    assert config["channels"] == 32 and config["label_dropout"] == 0
