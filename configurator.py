@@ -435,7 +435,7 @@ def load_data(dataset, data_dir="data", image_size=0, conditional=True):
         try:
             sets = [getattr(datasets, name)(data_dir, train=train, download=True) for train in (True, False)]
         except (AssertionError, KeyError, ValueError):                        # an earlier download broke off
-            raise ValueError(f"{name}'s files in {data_dir} are damaged: delete them to get them anew") from None
+            raise ValueError(f"{name}'s files in {data_dir} are damaged: delete them for new ones") from None
         splits = [(np.asarray(s.data).reshape(len(s), *s.data.shape[1:3], -1), np.asarray(s.targets))
                   for s in sets]
     else:

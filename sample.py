@@ -167,14 +167,17 @@ class Flow:
 
     def times(self, steps, sampler="heun"):
         """
-        The tau at which steps start, and for cfm the last one ends. DenoiseDiffusion has never seen data
-        without noise, so its last step is ddim's, straight to the data: for euler, ddim and dpm++ as long as
-        the others in t; other samplers look ahead, and so go down to the least noise there is, t = 0, before.
+        The tau at which steps start, and for cfm the last one ends. cfm's are shorter at the noise, where
+        shapes are decided, for euler, ddim and dpm++: u / (u + 2 (1 - u)) of even u, from half as long as even
+        ones to twice (Esser et al. 2024, arXiv 2403.03206, section 5.3.2). DenoiseDiffusion's are even in t. It
+        has never seen data without noise, so its last step is ddim's, straight to the data: for those three as
+        long as the others; samplers that look ahead go down to the least noise there is, t = 0, before.
         """
+        ahead = sampler not in ("euler", "ddim", "dpm++")
         if self.taus is None:
-            return [i / steps for i in range(steps + 1)]
+            return [i / (steps if ahead else 2 * steps - i) for i in range(steps + 1)]
         n, steps = len(self.taus), min(steps, len(self.taus)) if sampler != "dopri5" else 2
-        last = n / steps - 1 if sampler in ("euler", "ddim", "dpm++") else 0
+        last = 0 if ahead else n / steps - 1
         return self.taus[torch.linspace(n - 1, last, steps).round().long()].tolist()
 
     def count(self):

@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from cfm import PATHS, ConditionalFlowMatcher
+from cfm import PATHS, ConditionalFlowMatcher, VelocityField
 from ddpm import DenoiseDiffusion
 from sample import Flow, ddim, dpm_solver, draw
 from unet import UNet
@@ -202,6 +202,14 @@ def test_diffusers_dpm_solver(diffusers, schedule, prediction, steps):
     assert torch.equal(
         draw(ours, x, None, steps, "dpm++", clip=False)[0], dpm_solver(flow, start, [*taus, 1.0], False)
     )
+
+
+def test_the_steps_of_a_flow_are_those_of_diffusers_with_a_shift_of_2():
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    peer = diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0)
+    peer.set_timesteps(sigmas=[1 - i / 6 for i in range(6)])                  # sigma = 1 - tau
+    taus = Flow(VelocityField(None, ConditionalFlowMatcher())).times(6, "euler")
+    assert taus == pytest.approx((1 - peer.sigmas).tolist(), abs=1e-6)
 
 
 def test_the_unet_of_cifar10_has_as_many_parameters_as_diffusers():

@@ -41,7 +41,7 @@ def test_every_sampler_converges_to_the_exact_flow_at_its_order(name, sampler, o
         for n in steps
     ]
     slope = math.log2(errors[0] / errors[1])
-    # On cfm's even steps in tau, lambda = log(tau / (1 - tau)) has its ends at infinity: order 2 up to a log.
+    # On cfm's steps in tau, lambda = log(tau / (1 - tau)) has its ends at infinity: order 2 up to a log.
     slack = 0.45 if (name, sampler) == ("cfm", "dpm++") else 0.7 if sampler == "rk4" else 0.15
     assert order - slack < slope < order + 0.7 and errors[1] < 0.03, (slope, errors)
 
@@ -139,6 +139,18 @@ def test_evaluations(sampler, of_cfm, of_ddpm, guidance):
         batches.clear()
         _, evaluations = draw(method, torch.randn(4, 1), y, 10, sampler, guidance)
         assert evaluations == len(batches) == expected and set(batches) == {4 if guidance == 1 else 8}
+
+
+@pytest.mark.parametrize("sampler", ["euler", "ddim", "dpm++"])
+def test_steps_of_a_flow_are_shifted_towards_the_noise(sampler):
+    flow = Flow(VelocityField(None, ConditionalFlowMatcher()))
+    assert flow.times(1, sampler) == [0, 1]
+    assert flow.times(4, sampler) == pytest.approx([0, 1 / 7, 1 / 3, 3 / 5, 1])
+    assert flow.times(4, "rk4") == [0, 1 / 4, 1 / 2, 3 / 4, 1]  # one that looks ahead has even steps
+    lengths = [b - a for a, b in zip(flow.times(1000, sampler), flow.times(1000, sampler)[1:])]
+    assert lengths == sorted(lengths)
+    assert lengths[0] * 1000 == pytest.approx(1 / 2, rel=1e-2)
+    assert lengths[-1] * 1000 == pytest.approx(2, rel=1e-2)
 
 
 @pytest.mark.parametrize("n_steps, steps, visits", [(1000, 7, 7), (1000, 1, 1), (100, 100, 100), (25, 50, 25)])
