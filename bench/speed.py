@@ -65,7 +65,7 @@ def measure(script, config, device, dtype, compiled):
     """Prints the figures of one setting."""
     kind, top = getattr(torch, dtype), ceiling(device, getattr(torch, dtype))
     if "cuda" in device:
-        torch.cuda.reset_peak_memory_stats()      # of the ceiling's matrices
+        torch.cuda.reset_peak_memory_stats()      # without the ceiling's matrices
     (C, *sides), B = SHAPES[config["dataset"]], config["batch_size"]
     shape = C, *([config["image_size"]] * 2 if config["image_size"] else sides)
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
 """
 CIFAR-10 with the UNet of Ho et al. 2020, 35.7M parameters, plain Adam and a long average. For a GPU:
     python cfm.py config/cifar10.py
-    python ddpm.py config/cifar10.py --prediction=eps --schedule=linear --out_dir=out/cifar10-ddpm    # Ho et al.
+    python ddpm.py config/cifar10.py --prediction=eps --schedule=linear --out_dir=out/cifar10-ddpm  # Ho et al.
 Its result has not been measured here.
 """
 dataset = "cifar10"
