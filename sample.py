@@ -167,18 +167,22 @@ class Flow:
 
     def times(self, steps, sampler="heun"):
         """
-        The tau at which steps start, and for cfm the last one ends. cfm's are shorter at the noise, where
-        shapes are decided, for euler, ddim and dpm++: u / (u + 2 (1 - u)) of even u, from half as long as even
-        ones to twice (Esser et al. 2024, arXiv 2403.03206, section 5.3.2). DenoiseDiffusion's are even in t. It
-        has never seen data without noise, so its last step is ddim's, straight to the data: for those three as
-        long as the others; samplers that look ahead go down to the least noise there is, t = 0, before.
+        The tau at which steps start, and for cfm the last one ends. For euler, ddim and dpm++ they are shorter
+        at the noise, where shapes are decided: u / (u + 2 (1 - u)) of even u, from half as long as even ones to
+        twice (Esser et al. 2024, arXiv 2403.03206, section 5.3.2); DenoiseDiffusion has the t of as much noise
+        or just more, each once. It has never seen data without noise, so its last step is ddim's, straight to
+        the data; samplers that look ahead go down to the least noise there is, t = 0, before, evenly in t.
         """
         ahead = sampler not in ("euler", "ddim", "dpm++")
         if self.taus is None:
             return [i / (steps if ahead else 2 * steps - i) for i in range(steps + 1)]
         n, steps = len(self.taus), min(steps, len(self.taus)) if sampler != "dopri5" else 2
-        last = 0 if ahead else n / steps - 1
-        return self.taus[torch.linspace(n - 1, last, steps).round().long()].tolist()
+        if ahead:
+            return self.taus[torch.linspace(n - 1, 0, steps).round().long()].tolist()
+        i = torch.arange(steps, device=self.taus.device)
+        t = torch.searchsorted(-self.taus, -i / (2 * steps - i))
+        t = (t + i).cummin(0).values.clamp(steps - 1, n - 1) - i              # each below the one before
+        return self.taus[t].tolist()
 
     def count(self):
         self.evaluations += 1

@@ -9,7 +9,7 @@ from exact import ONE, TWO, cdf, exact_cfm, exact_ddpm, log_density, transported
 import sample
 from cfm import PATHS, ConditionalFlowMatcher, VelocityField
 from ddpm import DenoiseDiffusion
-from sample import Flow, draw, encode, log_likelihood, slerp, solve
+from sample import Flow, dpm_solver, draw, encode, log_likelihood, slerp, solve
 
 NOISE = torch.linspace(-2, 2, 33)[:, None]
 METHODS = {
@@ -19,6 +19,15 @@ METHODS = {
     "ddpm x0": lambda: exact_ddpm(TWO, prediction="x0"),
     "ddpm v": lambda: exact_ddpm(TWO, prediction="v"),
 }
+
+
+def drawn(method, steps, sampler):
+    """From NOISE; of ddpm dpm++ with steps even in t, for at their own, on whole t, lambda is not smooth."""
+    flow = Flow(method)
+    if sampler != "dpm++" or flow.taus is None:
+        return draw(method, NOISE, steps=steps, sampler=sampler, clip=False)[0]
+    taus = [*flow.times(steps, "heun"), 1.0]
+    return dpm_solver(flow, NOISE * math.hypot(taus[0], 1 - taus[0]), taus, clip=False)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -36,10 +45,7 @@ METHODS = {
 def test_every_sampler_converges_to_the_exact_flow_at_its_order(name, sampler, order, steps):
     method = METHODS[name]()
     expected = transported(TWO, method, NOISE)
-    errors = [
-        (draw(method, NOISE, steps=n, sampler=sampler, clip=False)[0] - expected).abs().max().item()
-        for n in steps
-    ]
+    errors = [(drawn(method, n, sampler) - expected).abs().max().item() for n in steps]
     slope = math.log2(errors[0] / errors[1])
     # On cfm's steps in tau, lambda = log(tau / (1 - tau)) has its ends at infinity: order 2 up to a log.
     slack = 0.45 if (name, sampler) == ("cfm", "dpm++") else 0.7 if sampler == "rk4" else 0.15
@@ -164,9 +170,18 @@ def test_ddim_visits_as_many_times_as_asked_and_there_are(n_steps, steps, visits
     draw(DenoiseDiffusion(eps_model, n_steps), torch.randn(1, 1), steps=steps, sampler="ddim")
     assert len(set(times)) == len(times) == visits and times[0] == n_steps - 1
     assert times == sorted(times, reverse=True) and times == [round(t) for t in times]
-    assert (
-        times[-1] == round(n_steps / visits) - 1
-    )  # even steps, of which the last, as long as any, leads to data
+
+
+@pytest.mark.parametrize("sampler", ["euler", "ddim", "dpm++"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("steps", [1, 2, 6, 20, 50])
+def test_ddpm_takes_the_steps_of_cfm_at_the_t_that_come_next_in_noise(sampler, schedule, steps):
+    flow = Flow(DenoiseDiffusion(None, 10_000, schedule=schedule))
+    wanted = torch.tensor(Flow(VelocityField(None, ConditionalFlowMatcher())).times(steps, sampler)[1:-1])
+    t = [(flow.taus == tau).nonzero().item() for tau in flow.times(steps, sampler)]
+    assert len(t) == steps and t[0] == 9999
+    t = torch.tensor(t[1:], dtype=torch.long)
+    assert (flow.taus[t] <= wanted).all() and (flow.taus[t - 1] > wanted).all()
 
 
 def test_ddim_is_deterministic_at_eta_0_and_not_at_1():
