@@ -74,8 +74,8 @@ weighting = "simple"      # mean square error of that; min_snr: the error in x0 
 variance = "fixedlarge"   # of an ancestral step: beta; fixedsmall: beta~, that of q(x_{t-1} | x_t, x_0)
 t_mean = 0.4              # times to train at: sigmoids of normal draws of this mean; above 0: nearer the noise
 t_uniform = 0.1           # share of a batch's, in whole pictures, that are uniform instead
-sampler = "ddim"          # or ancestral, dpm++, euler, midpoint, heun, rk4, dopri5: see sample.py
-sample_steps = 6          # at most n_steps; ancestral takes all, dopri5 as many as it needs
+sampler = "dpm++"         # or ancestral, ddim, euler, midpoint, heun, rk4, dopri5: see sample.py
+sample_steps = 5          # at most n_steps; ancestral takes all, dopri5 as many as it needs
 guidance = 1.0            # 1: the conditional model as is; 0: the unconditional; above 1: exaggerated labels
 # ------------------------------------------------------------------------------------------------------------
 METHOD = "ddpm"
@@ -83,7 +83,7 @@ FIXED = "dataset image_size conditional channels channel_mults n_res_blocks atte
         "muon n_steps schedule prediction"
 LIMITS = {"n_steps": (2, math.inf), "schedule": ["linear", "cosine"], "prediction": ["eps", "x0", "v"],
           "weighting": ["simple", "min_snr"], "variance": ["fixedlarge", "fixedsmall"],
-          "sampler": ["ddim", "ancestral", "dpm++", "euler", "midpoint", "heun", "rk4", "dopri5"]}
+          "sampler": ["dpm++", "ancestral", "ddim", "euler", "midpoint", "heun", "rk4", "dopri5"]}
 
 
 class DenoiseDiffusion:

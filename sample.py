@@ -3,7 +3,7 @@ Draw pictures with a checkpoint of ddpm.py or of cfm.py, or measure how likely r
 
     python sample.py --out_dir=out/cfm                                          # a grid: out/cfm/samples.png
     python sample.py --out_dir=out/cfm --labels=3,1,4 --guidance=2              # threes, ones, fours in turn
-    python sample.py --out_dir=out/ddpm --sampler=dpm++ --steps=20 --save=pictures  # a folder of PNGs
+    python sample.py --out_dir=out/ddpm --sampler=ddim --eta=1 --steps=50 --save=pictures  # a folder of PNGs
     python sample.py --out_dir=out/cfm --n_samples=10000 --save=samples.npz     # for FID tools, or to train on
     python sample.py --out_dir=out/ddpm --task=likelihood --n_samples=200       # bits/dim of held-out pictures
 

@@ -241,7 +241,7 @@ def test_likelihood_by_one_command(trained):
     ]
     + [("ddpm", ["--variance=fixedsmall", "--sampler=ancestral", "--n_steps=30"]), ("ddpm", ["--n_steps=2"])]
     + [
-        ("cfm", [f"--path={p}", "--sigma=0.1", f"--t_uniform={t}"])
+        ("cfm", [f"--path={p}", "--sigma=0.1", f"--t_uniform={t}", "--sampler=euler"])
         for p, t in (("ot", 1), ("target", 0), ("vp", 1), ("sb", 0.5))
     ],
 )
@@ -427,7 +427,7 @@ def test_one_file_copied_into_another_project_works(tmp_path):
         (
             "cfm",
             ["--sampler=ancestral"],
-            "expected euler, midpoint, heun, rk4, dopri5, ddim, dpm++, not 'ancestral'",
+            "expected dpm++, ddim, euler, midpoint, heun, rk4, dopri5, not 'ancestral'",
         ),
         ("cfm", ["--init_from=resume"], "no whole checkpoint"),
         ("cfm", ["--path=sb"], "a Schroedinger bridge needs a sigma above 0"),

@@ -23,6 +23,6 @@ decay_lr = False
 weight_decay = 0.0
 ema_decay = 0.9999
 t_uniform = 1.0                  # as there; the default was found on MNIST
-sample_steps = 50                # and so was that of six
+sample_steps = 50                # and so was that of five
 log_interval = 500
 eval_interval = 10_000

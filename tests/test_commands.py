@@ -164,6 +164,7 @@ CFM = """
 --t_mean=-6 | not between -5
 --t_mean=nan | expected float
 --sampler=ancestral | not 'ancestral'
+--path=vp | add --sampler=euler
 --path=vp --sampler=ddim | is for straight paths
 --path=sb --sigma=1 --sampler=dpm++ | is for straight paths
 """
@@ -233,7 +234,7 @@ SAMPLE_DDPM = """
 """
 SAMPLE_CFM = """
 --sampler=ancestral | is not for cfm
---eta=1 | goes with --sampler=ddim, not with euler
+--eta=1 | goes with --sampler=ddim, not with dpm++
 """
 BENCH = """
 bench/quality | nowhere.npz | nowhere.npz
