@@ -69,7 +69,7 @@ path = "icfm"             # from noise to data: icfm, ot, target, vp or sb, see 
 sigma = 0.0               # width of the path around its mean; sb needs one, such as 0.5
 t_mean = -0.4             # times to train at: sigmoids of normal draws of this mean; below 0: nearer the noise
 t_uniform = 0.0           # share of a batch's, in whole pictures, that are uniform instead
-sampler = "dpm++"         # or ddim, euler, midpoint, heun, rk4, dopri5: see sample.py; vp and sb: from euler on
+sampler = "dpm++"         # or ddim, for straight paths; for any euler, midpoint, heun, rk4, dopri5: sample.py
 sample_steps = 5          # midpoint and heun take 2 evaluations of the model each, rk4 4
 guidance = 1.0            # 1: the conditional model as is; 0: the unconditional; above 1: exaggerated labels
 # ------------------------------------------------------------------------------------------------------------
