@@ -170,19 +170,20 @@ class Flow:
         The tau at which steps start, and for cfm the last one ends. For euler, ddim and dpm++ they are shorter
         at the noise, where shapes are decided: u / (u + 2 (1 - u)) of even u, from half as long as even ones to
         twice (Esser et al. 2024, arXiv 2403.03206, section 5.3.2); DenoiseDiffusion has the t of as much noise
-        or just more, each once. It has never seen data without noise, so its last step is ddim's, straight to
-        the data; samplers that look ahead go down to the least noise there is, t = 0, before, evenly in t.
+        or just more, or where t are too few the next below. It has never seen data without noise, so its last
+        step is ddim's, straight to the data; samplers that look ahead go down to the least noise there is,
+        t = 0, before, evenly in t.
         """
         ahead = sampler not in ("euler", "ddim", "dpm++")
         if self.taus is None:
             return [i / (steps if ahead else 2 * steps - i) for i in range(steps + 1)]
-        n, steps = len(self.taus), min(steps, len(self.taus)) if sampler != "dopri5" else 2
-        if ahead:
-            return self.taus[torch.linspace(n - 1, 0, steps).round().long()].tolist()
-        i = torch.arange(steps, device=self.taus.device)
-        t = torch.searchsorted(-self.taus, -i / (2 * steps - i))
-        t = (t + i).cummin(0).values.clamp(steps - 1, n - 1) - i              # each below the one before
-        return self.taus[t].tolist()
+        taus, n = self.taus.cpu(), len(self.taus)
+        steps = min(steps, n) if sampler != "dopri5" else 2
+        i, t = torch.arange(steps), torch.linspace(n - 1, 0, steps).round().long()
+        if not ahead:
+            t = torch.searchsorted(-taus, -i / (2 * steps - i))
+            t = (t + i).cummin(0).values.clamp(steps - 1, n - 1) - i          # each below the one before
+        return taus[t].tolist()
 
     def count(self):
         self.evaluations += 1
@@ -263,7 +264,7 @@ def log_likelihood(method, x, y=None, steps=10, sampler="dopri5", atol=1e-4, rto
                 div = sum(row.flatten(1)[:, i] for i, row in enumerate(rows))
         return torch.cat([div[:, None], dz.flatten(1)], 1).detach()
 
-    state = solve(f, F.pad(x.flatten(1), (1, 0)), v.times(steps)[::-1], sampler, atol, rtol)
+    state = solve(f, F.pad(x.flatten(1), (1, 0)), v.times(steps, sampler)[::-1], sampler, atol, rtol)
     return -(state[:, 1:].square() + math.log(2 * math.pi)).sum(1) / 2 + state[:, 0], v.evaluations
 
 

@@ -241,8 +241,8 @@ def test_likelihood_by_one_command(trained):
     ]
     + [("ddpm", ["--variance=fixedsmall", "--sampler=ancestral", "--n_steps=30"]), ("ddpm", ["--n_steps=2"])]
     + [
-        ("cfm", [f"--path={p}", "--sigma=0.1", f"--t_uniform={t}", "--sampler=euler"])
-        for p, t in (("ot", 1), ("target", 0), ("vp", 1), ("sb", 0.5))
+        ("cfm", [f"--path={p}", "--sigma=0.1", f"--t_uniform={t}", f"--sampler={s}"])
+        for p, t, s in (("ot", 1, "dpm++"), ("target", 0, "dpm++"), ("vp", 1, "euler"), ("sb", 0.5, "euler"))
     ],
 )
 def test_every_variant_learns_and_samples(script, options, tmp_path):

@@ -18,6 +18,7 @@ METHODS = {
     "ddpm cosine": lambda: exact_ddpm(TWO, schedule="cosine"),
     "ddpm x0": lambda: exact_ddpm(TWO, prediction="x0"),
     "ddpm v": lambda: exact_ddpm(TWO, prediction="v"),
+    "ddpm cosine v": lambda: exact_ddpm(TWO, schedule="cosine", prediction="v"),
 }
 
 
@@ -170,6 +171,31 @@ def test_ddim_visits_as_many_times_as_asked_and_there_are(n_steps, steps, visits
     draw(DenoiseDiffusion(eps_model, n_steps), torch.randn(1, 1), steps=steps, sampler="ddim")
     assert len(set(times)) == len(times) == visits and times[0] == n_steps - 1
     assert times == sorted(times, reverse=True) and times == [round(t) for t in times]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_dpm_solver_on_its_own_steps_comes_as_near_whatever_the_model_predicts(name):
+    """Whole t disturb the order of its error, but not its size."""
+    method = METHODS[name]()
+    found = draw(method, NOISE, steps=256, sampler="dpm++", clip=False)[0]
+    assert (found - transported(TWO, method, NOISE)).abs().max() < 2e-3
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("n_steps", [2, 3, 25, 100])
+def test_where_steps_are_many_each_t_comes_once(schedule, n_steps):
+    flow = Flow(exact_ddpm(TWO, n_steps, schedule=schedule))
+    for steps in range(1, n_steps + 1):
+        t = [(flow.taus == tau).nonzero().item() for tau in flow.times(steps, "ddim")]
+        assert len(t) == steps and t[0] == n_steps - 1
+        assert all(a > b for a, b in zip(t, t[1:]))
+        wanted = [i / (2 * steps - i) for i in range(1, steps)]
+        noisier = [(flow.taus <= tau).nonzero() for tau in wanted]
+        first = [t.min().item() if len(t) else n_steps for t in noisier]
+        for i, (now, before, ideal) in enumerate(zip(t[1:], t, first), 1):  # moved only where it must be
+            assert now == max(min(ideal, before - 1), steps - 1 - i)
+    x = draw(flow.method, NOISE, steps=n_steps, sampler="dpm++")[0]
+    assert torch.isfinite(x).all() and (n_steps < 100 or x.std() > 0.3)
 
 
 @pytest.mark.parametrize("sampler", ["euler", "ddim", "dpm++"])
