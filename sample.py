@@ -179,11 +179,11 @@ class Flow:
             return [i / (steps if ahead else 2 * steps - i) for i in range(steps + 1)]
         taus, n = self.taus.cpu(), len(self.taus)
         steps = min(steps, n) if sampler != "dopri5" else 2
-        i, t = torch.arange(steps), torch.linspace(n - 1, 0, steps).round().long()
-        if not ahead:
-            t = torch.searchsorted(-taus, -i / (2 * steps - i))
-            t = (t + i).cummin(0).values.clamp(steps - 1, n - 1) - i          # each below the one before
-        return taus[t].tolist()
+        if ahead:
+            return taus[torch.linspace(n - 1, 0, steps).round().long()].tolist()
+        i = torch.arange(steps)
+        t = torch.searchsorted(-taus, -i / (2 * steps - i))
+        return taus[(t + i).cummin(0).values.clamp(steps - 1, n - 1) - i].tolist()  # each t below the last
 
     def count(self):
         self.evaluations += 1
