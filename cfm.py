@@ -7,29 +7,21 @@ Conditional flow matching in one file: Lipman et al. 2022 (arXiv 2210.02747), To
     python cfm.py --init_from=resume                           # go on where a run was stopped
     torchrun --standalone --nproc_per_node=4 cfm.py            # on four GPUs
 
-Noise x0 (at t = 0) flows to data x1 (at t = 1) along dx/dt = v(t, x). The path from one x0 to one x1 is ours
-to choose: a straight line, of velocity x1 - x0. Regressed on that over all pairs, v(t, x) learns the mean
-velocity of the lines that pass x at t, and the flow of that mean carries noise to the distribution of the data.
+Noise x0, at t = 0, flows to data x1, at t = 1, along dx/dt = v(t, x). The path from one x0 to one x1 is
+ours to choose: a straight line, of velocity x1 - x0. A model trained to predict that, for all pairs,
+learns the mean velocity of the lines that pass through x at t, since a mean is what has the smallest
+squared error. The flow of that mean carries noise to the distribution of the data.
+docs/mathematics.md derives all of it.
 """
 import copy
 import math
-import os
-import sys
-import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torchvision.utils import save_image
 
-from configurator import (choose_machine, configure, explained, fail, first_process_first, holds_a_run,
-                          if_the_disk_allows, join_processes, load_checkpoint, load_data, resume,
-                          save_checkpoint, say, start_run, stop_signals, whole)
-from unet import Muon, UNet
-
-# ------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # output
-eval_interval = 938       # iterations between held-out losses, grids and checkpoints; 938 is an epoch of MNIST
+eval_interval = 938       # iterations between evaluations, each with a grid and a checkpoint; an epoch of MNIST
 log_interval = 100        # iterations between log lines
 init_from = "scratch"     # or "resume": continue the run in out_dir, under its own options
 overwrite = False         # let a run from scratch replace the one in out_dir
@@ -39,55 +31,57 @@ data_dir = "data"         # where downloads are kept
 image_size = 0            # side to bring pictures to; 0: as they are
 flip = False              # mirror pictures at random: never for digits
 conditional = True        # learn the labels, if there are any; false: unconditional
-label_dropout = 0.02      # share of labels hidden during training: guidance also needs the unconditional model
-# model (see unet.py)
-channels = 24
-channel_mults = (1, 2)
-n_res_blocks = 1
-attention_levels = (2,)
-dropout = 0.0
-patch = 2
+label_dropout = 0.02      # share of labels hidden in training: guidance needs the unconditional model too
+# model, see unet.py
+channels = 24             # width of the first level
+channel_mults = (1, 2)    # width of each level, in multiples of channels; every level halves the resolution
+n_res_blocks = 1          # residual blocks a level
+attention_levels = (2,)   # levels with attention, from 0; the one after the last is the middle
+dropout = 0.0             # inside the residual blocks
+patch = 2                 # patch x patch pixels become channels first: 2 works at half the resolution
 # training
 batch_size = 64           # pictures a process takes at a time
-gradient_accumulation_steps = 1
-max_iters = 9380          # as many pictures as ten epochs of MNIST
+gradient_accumulation_steps = 1  # batches a process takes for one step of the optimizer
+max_iters = 9380          # steps of the optimizer: ten epochs of MNIST
 muon = True               # Muon for the kernels of convolutions, AdamW for the rest; false: AdamW for all
-learning_rate = 6e-3
-warmup_iters = 100
-decay_lr = True           # in a straight line to 0 at max_iters; false: constant after the warm-up
-weight_decay = 0.01
-grad_clip = 1.0           # 0: off
-ema_decay = 0.999         # decay of the averaged weights, the ones used for sampling; ramped up from 0.1
+learning_rate = 6e-3      # the largest, after the warm-up
+warmup_iters = 100        # the rate rises from 0 in a straight line
+decay_lr = True           # and falls to 0 in a straight line until max_iters; false: stays
+weight_decay = 0.01       # decoupled, as in AdamW
+adam_beta2 = 0.99         # decay of AdamW's second moment; 0.999 in Kingma & Ba
+grad_clip = 1.0           # largest norm of the gradient; 0: any
+ema_decay = 0.999         # of the averaged weights, which are used for sampling; rises to this from 0.1
 # machine
 device = "auto"           # cuda, cuda:1, mps or cpu; auto: the first of them that is there
-dtype = "auto"            # float32, bfloat16 or float16; auto: float32, on CUDA bfloat16 (old cards: float16)
+dtype = "auto"            # float32, bfloat16, float16; auto: float32, on CUDA bfloat16 (old cards: float16)
 compile = "auto"          # torch.compile: true, false; auto: on CUDA
 seed = 1337               # every draw is a function of seed, iteration and micro-batch
 # the method, and the grids drawn with it
-out_dir = "out/cfm"
+out_dir = "out/cfm"       # for checkpoints, grids and log.csv
 path = "icfm"             # from noise to data: icfm, ot, target, vp or sb, see the classes below
 sigma = 0.0               # width of the path around its mean; sb needs one, such as 0.5
-t_mean = -0.4             # times to train at: sigmoids of normal draws of this mean; below 0: nearer the noise
-t_uniform = 0.0           # share of a batch's, in whole pictures, that are uniform instead
-sampler = "dpm++"         # or ddim, for straight paths; for any euler, midpoint, heun, rk4, dopri5: sample.py
-sample_steps = 5          # midpoint and heun take 2 evaluations of the model each, rk4 4
-guidance = 1.0            # 1: the conditional model as is; 0: the unconditional; above 1: exaggerated labels
-# ------------------------------------------------------------------------------------------------------------
+t_mean = -0.4             # times to train at are sigmoids of normal draws of this mean; below 0: more noise
+t_uniform = 0.0           # but this share of a batch has uniform ones
+sampler = "dpm++"         # or ddim, for straight paths; euler, midpoint, heun, rk4, dopri5 for any: see sample.py
+sample_steps = 5          # midpoint and heun take 2 evaluations of the model each, rk4 takes 4
+guidance = 1.0            # 1: the conditional model as it is; 0: the unconditional; above 1: exaggerated labels
+# -----------------------------------------------------------------------------
 METHOD = "cfm"
-FIXED = "dataset image_size conditional channels channel_mults n_res_blocks attention_levels dropout patch " \
-        "muon path sigma"
-LIMITS = {"path": ["icfm", "ot", "target", "vp", "sb"], "sigma": (0, math.inf),
-          "sampler": ["dpm++", "ddim", "euler", "midpoint", "heun", "rk4", "dopri5"]}
 
 
 class ConditionalFlowMatcher:
     """
-    I-CFM of Tong et al.: the path from x0 (noise) to x1 (data) is p_t(x | x0, x1) = N(x; mu_t, sigma_t^2). Its
-    mean goes straight, mu_t = t x1 + (1 - t) x0, and sigma_t = sigma. A Gaussian path has the velocity
-        u_t(x | x0, x1) = sigma_t' / sigma_t (x - mu_t) + mu_t'                     (Lipman et al., theorem 3)
-    of which mu_t' = x1 - x0 is left here. x0, x1, xt, ut: (B, *dim), any rank; t: (B,) in [0, 1]; sigma >= 0.
+    I-CFM of Tong et al.: a path from x0 (noise) to x1 (data), p_t(x | x0, x1) = N(x; mu_t, sigma_t^2).
+
+    Its mean goes straight, mu_t = t x1 + (1 - t) x0, and its width is constant, sigma_t = sigma. A Gaussian
+    path has the velocity
+        u_t(x | x0, x1) = sigma_t' / sigma_t (x - mu_t) + mu_t'            (Lipman et al., theorem 3),
+    of which mu_t' = x1 - x0 is left here.
+
+    Throughout, x0, x1, xt and ut are (B, *dim), and t is (B,) in [0, 1]. Raises ValueError for a sigma below 0.
     """
-    margin = 0.0                 # how far training keeps from t = 0 and t = 1
+    straight = True              # the path is a line, so that x_t and its velocity give data and noise
+    margin = 0.0                 # how far training keeps away from t = 0 and t = 1
 
     def __init__(self, sigma=0.0):
         if sigma < 0:
@@ -95,12 +89,12 @@ class ConditionalFlowMatcher:
         self.sigma = sigma
 
     def compute_mu_t(self, x0, x1, t):
-        """Mean of the path at t: (B, *dim)."""
-        t = wide(t, x0)
+        """Mean of the path at t, (B, *dim)."""
+        t = expand_like(t, x0)
         return t * x1 + (1 - t) * x0
 
     def compute_sigma_t(self, t):
-        """Standard deviation of the path at t: a number, or shaped like t."""
+        """Standard deviation of the path at t: a number, or (B,)."""
         return self.sigma
 
     def compute_lambda(self, t):
@@ -108,24 +102,27 @@ class ConditionalFlowMatcher:
         return 2 * self.compute_sigma_t(t) / (self.sigma**2 + 1e-8)
 
     def sample_noise_like(self, x):
+        """Draws from N(0, I), (B, *dim)."""
         return torch.randn_like(x)
 
     def sample_xt(self, x0, x1, t, epsilon):
-        """A point of the path at t: mu_t + sigma_t epsilon."""
-        return self.compute_mu_t(x0, x1, t) + wide(self.compute_sigma_t(t), x0) * epsilon
+        """A point of the path at t, mu_t + sigma_t epsilon: (B, *dim)."""
+        return self.compute_mu_t(x0, x1, t) + expand_like(self.compute_sigma_t(t), x0) * epsilon
 
     def compute_conditional_flow(self, x0, x1, t, xt):
-        """Velocity u_t(xt | x0, x1) of the path: (B, *dim)."""
+        """Velocity u_t(xt | x0, x1) of the path, (B, *dim)."""
         return x1 - x0
 
     def pair(self, x0, x1, y=None):
-        """x0 in the order in which it goes with x1: here as it comes, for both are drawn independently."""
+        """x0 in the order in which it goes with x1: here as it comes, since both are independent."""
         return x0
 
     def sample_location_and_conditional_flow(self, x0, x1, t=None, return_noise=False, y=None):
         """
-        (t, xt, ut), and epsilon if return_noise: where to evaluate the model and what it should say. Uniform t,
-        unless given. Draws rand(B), then randn like x0, even if sigma is 0: one seed gives what torchcfm gives.
+        Where to evaluate the model and what it should say: (t, xt, ut), and epsilon if return_noise.
+
+        Without t, times are uniform. Draws rand(B), then randn like x0 even if sigma is 0, so that one seed
+        gives what it gives in torchcfm.
         """
         x0 = self.pair(x0, x1, y)
         t = torch.rand(x0.shape[0]).type_as(x0) if t is None else t
@@ -137,284 +134,372 @@ class ConditionalFlowMatcher:
 
 class ExactOptimalTransportConditionalFlowMatcher(ConditionalFlowMatcher):
     """
-    OT-CFM of Tong et al.: the same path, between pairs chosen so that the sum of their squared distances is
-    smallest, which makes the flow straighter. x0 is reordered and x1 stays, so no picture is lost and labels
-    stay true; with labels y, pairs are chosen within each class, or its noise would not be normal. Needs scipy.
+    OT-CFM of Tong et al.: the same path, between pairs of the smallest sum of squared distances.
+
+    The flow becomes straighter. x0 is reordered and x1 stays, so that no picture is lost and labels stay
+    true. With labels y, pairs are formed within each class, or its noise would not be normal.
     """
 
     def pair(self, x0, x1, y=None):
-        from scipy.optimize import linear_sum_assignment
+        try:
+            from scipy.optimize import linear_sum_assignment
+        except ImportError:
+            raise ImportError("optimal pairing of noise and data needs scipy: pip install scipy") from None
 
-        y, order = torch.zeros(len(x0)) if y is None else y.cpu(), torch.arange(len(x0))
+        y = torch.zeros(len(x0)) if y is None else y.cpu()
+        order = torch.arange(len(x0))
         for label in y.unique():
             own = (y == label).nonzero().flatten()
             cost = torch.cdist(x1[own].flatten(1).float(), x0[own].flatten(1).float()) ** 2
-            order[own] = own[torch.from_numpy(linear_sum_assignment(cost.cpu().numpy())[1])]
+            _, column = linear_sum_assignment(cost.cpu().numpy())
+            order[own] = own[torch.from_numpy(column)]
         return x0[order]
 
 
 class TargetConditionalFlowMatcher(ConditionalFlowMatcher):
-    """Lipman et al., eq. 20 and 21: from N(0, I), whatever x0, to N(x1, sigma^2)."""
-    def compute_mu_t(self, x0, x1, t): return wide(t, x1) * x1
-    def compute_sigma_t(self, t): return 1 - (1 - self.sigma) * t
+    """Lipman et al., eq. 20 and 21: from N(0, I), whatever x0 is, to N(x1, sigma^2)."""
+
+    def compute_mu_t(self, x0, x1, t):
+        return expand_like(t, x1) * x1
+
+    def compute_sigma_t(self, t):
+        return 1 - (1 - self.sigma) * t
+
     def compute_conditional_flow(self, x0, x1, t, xt):
-        return (x1 - (1 - self.sigma) * xt) / (1 - (1 - self.sigma) * wide(t, x1))
+        return (x1 - (1 - self.sigma) * xt) / (1 - (1 - self.sigma) * expand_like(t, x1))
 
 
 class VariancePreservingConditionalFlowMatcher(ConditionalFlowMatcher):
-    """Albergo & Vanden-Eijnden 2022 (arXiv 2209.15571): along a quarter of a circle, constant in variance."""
+    """Albergo & Vanden-Eijnden 2022 (arXiv 2209.15571): a quarter of a circle, on which variance stays 1."""
+    straight = False
+
     def compute_mu_t(self, x0, x1, t):
-        angle = math.pi / 2 * wide(t, x0)
+        angle = math.pi / 2 * expand_like(t, x0)
         return torch.cos(angle) * x0 + torch.sin(angle) * x1
+
     def compute_conditional_flow(self, x0, x1, t, xt):
-        angle = math.pi / 2 * wide(t, x0)
+        angle = math.pi / 2 * expand_like(t, x0)
         return math.pi / 2 * (torch.cos(angle) * x1 - torch.sin(angle) * x0)
 
 
 class SchrodingerBridgeConditionalFlowMatcher(ExactOptimalTransportConditionalFlowMatcher):
-    """SB-CFM of Tong et al.: Brownian bridges, of variance sigma^2 t (1 - t), between the pairs of OT-CFM."""
-    margin = 1e-3                # the velocity grows without bound at both ends
+    """
+    SB-CFM of Tong et al.: Brownian bridges, of variance sigma^2 t (1 - t), between optimal pairs.
+
+    Pairs are those of OT-CFM. Tong et al. draw them from an entropic plan, which for small sigma is nearly that.
+    """
+    straight = False
+    margin = 1e-3                # sigma_t' is infinite at both ends
+
     def __init__(self, sigma=1.0):
         if sigma <= 0:
             raise ValueError(f"a Schroedinger bridge needs a sigma above 0, such as 0.5, but it is {sigma}")
         super().__init__(sigma)
-    def compute_sigma_t(self, t): return self.sigma * torch.sqrt(t * (1 - t))
+
+    def compute_sigma_t(self, t):
+        return self.sigma * torch.sqrt(t * (1 - t))
+
     def compute_conditional_flow(self, x0, x1, t, xt):
-        growth = (1 - 2 * wide(t, x0)) / (2 * wide(t, x0) * (1 - wide(t, x0)) + 1e-8)     # sigma_t' / sigma_t
+        t_ = expand_like(t, x0)
+        growth = (1 - 2 * t_) / (2 * t_ * (1 - t_) + 1e-8)             # sigma_t' / sigma_t
         return growth * (xt - self.compute_mu_t(x0, x1, t)) + x1 - x0
 
 
-PATHS = {"icfm": ConditionalFlowMatcher, "ot": ExactOptimalTransportConditionalFlowMatcher,
-         "target": TargetConditionalFlowMatcher, "vp": VariancePreservingConditionalFlowMatcher,
-         "sb": SchrodingerBridgeConditionalFlowMatcher}
+PATHS = {
+    "icfm": ConditionalFlowMatcher,
+    "ot": ExactOptimalTransportConditionalFlowMatcher,
+    "target": TargetConditionalFlowMatcher,
+    "vp": VariancePreservingConditionalFlowMatcher,
+    "sb": SchrodingerBridgeConditionalFlowMatcher,
+}
 
 
 class VelocityField:
-    """v_model(t=t, x=x, y=y), trained on the velocities of a matcher's paths, followed from noise to data."""
+    """
+    The model of a velocity, the loss that trains it, and the flow along it from noise to data.
 
-    def __init__(self, v_model, matcher):
-        self.v_model, self.matcher = v_model, matcher
+    v_model          is called as v_model(t=t, x=xt, y=y) and answers with a tensor like xt
+    matcher          a ConditionalFlowMatcher: the paths
+    t_mean, t_uniform  the times to train at, see draw_times(); by default uniform
 
-    def loss(self, x1, noise=None, y=None, u=None):
-        """E |v(t, xt) - ut|^2 for x1 (B, *dim), labels y (B,) or None. u (B,), in [0, 1), may fix the times."""
-        x0 = self.matcher.sample_noise_like(x1) if noise is None else noise
-        t = torch.rand(len(x1), device=x1.device) if u is None else u
+    x, x0 and x1 are (B, *dim); t is (B,) in [0, 1]; labels y are long (B,), -1 for none, or None.
+    """
+
+    def __init__(self, v_model, matcher, t_mean=0.0, t_uniform=1.0):
+        self.v_model = v_model
+        self.matcher = matcher
+        self.straight = matcher.straight
+        self.t_mean, self.t_uniform = t_mean, t_uniform
+
+    def loss(self, x1, y=None, noise=None, u=None):
+        """E |v(t, xt) - ut|^2, a scalar, for pictures x1. u (B,) in [0, 1) sets the times t = u."""
+        t = draw_times(len(x1), self.t_mean, self.t_uniform, x1.device) if u is None else u
         t = t.clamp(self.matcher.margin, 1 - self.matcher.margin)
+        x0 = self.matcher.sample_noise_like(x1) if noise is None else noise
         t, xt, ut = self.matcher.sample_location_and_conditional_flow(x0, x1, t, y=y)
-        return (self.v_model(t=t, x=xt, y=y).float() - ut).square().mean()
+        return (self.velocity(t, xt, y) - ut).square().mean()
 
-    def velocity(self, t, x, y=None, guidance=1.0):
-        """dx/dt at x (B, *dim) and t (B,): the flow from noise, t = 0, to data, t = 1."""
-        return guided(self.v_model, t, x, y, guidance)
+    def velocity(self, tau, z, y=None, guidance=1.0, clip=False):
+        """dz / dtau at z (B, *dim) and tau (B,), which are the x and t of above. There is nothing to clip."""
+        return classifier_free_guidance(self.v_model, tau, z, y, guidance)
+
+    @torch.no_grad()
+    def sample(self, noise, y=None, steps=100, guidance=1.0):
+        """Euler's method along dx/dt = v(t, x): pictures from noise (B, *dim), in steps of equal length."""
+        x, dt = noise, 1 / steps
+        for i in range(steps):
+            t = torch.full((len(x),), i * dt, device=x.device)
+            x = x + dt * self.velocity(t, x, y, guidance)
+        return x
+
+    def times(self, steps, even=False):
+        """
+        The tau, in rising order, between which a sampler makes its steps, from 0 to 1.
+
+        They are u / (2 - u) for even u: steps are shorter at the noise, where shapes are decided (Esser et al.
+        2024, arXiv 2403.03206, section 5.3.2). With even they are even, for samplers that look ahead.
+        """
+        if even:
+            return [i / steps for i in range(steps + 1)]
+        return [i / (2 * steps - i) for i in range(steps + 1)]
 
 
-def wide(t, x):
+def build(model, config, device="cpu"):
+    """The method around a model of t in [0, 1], under the options of a run."""
+    matcher = PATHS[config["path"]](config["sigma"])
+    return VelocityField(model, matcher, config["t_mean"], config["t_uniform"])
+
+
+# the options that a run keeps for good, and what options may be: from the least to the most, or one of a list
+FIXED = ["path", "sigma"]
+LIMITS = {
+    "path": list(PATHS),
+    "sigma": (0, math.inf),
+    "sampler": ["dpm++", "ddim", "euler", "midpoint", "heun", "rk4", "dopri5"],
+}
+
+
+# ---- the rest is the same in ddpm.py and cfm.py; the options are globals ----
+
+def expand_like(t, x):
     """t (B,), or a number, shaped (B, 1, ...) to go with x (B, *dim)."""
     return t.reshape(-1, *[1] * (x.dim() - 1)) if torch.is_tensor(t) else t
 
 
-def build(model, config, device):
-    """The method around a UNet. ValueError for options that do not go together."""
-    from importlib.util import find_spec
+def classifier_free_guidance(model, t, x, y, scale):
+    """
+    out(no label) + scale (out(label) - out(no label)), (B, *dim), in one call of the model.
 
-    matcher = PATHS[config["path"]](config["sigma"])
-    if config["path"] in ("vp", "sb") and config["sampler"] in ("ddim", "dpm++"):
-        raise ValueError(f"--sampler={config['sampler']} is for straight paths, "
-                         f"not for --path={config['path']}: add --sampler=euler")
-    training = "task" not in config                              # sample.py has one, and needs no pairs
-    if config["path"] in ("ot", "sb") and training and not find_spec("scipy"):
-        raise ValueError(f"--path={config['path']} pairs noise and data with scipy: pip install scipy")
-    return VelocityField(model, matcher)
-
-
-# ---- the rest is the same in ddpm.py and cfm.py ----
-
-def guided(model, t, x, y, scale):
-    """Ho & Salimans 2022 (arXiv 2207.12598): out(no label) + scale (out(y) - out(no label)), in one call."""
+    Ho & Salimans 2022 (arXiv 2207.12598). At scale 1, or without labels, this is the model as it is.
+    """
     if y is None or scale == 1:
         return model(t=t, x=x, y=y).float()
-    both = model(t=torch.cat([t, t]), x=torch.cat([x, x]), y=torch.cat([y, torch.full_like(y, -1)])).float()
-    labelled, unlabelled = both.chunk(2)
+    t, x, y = torch.cat([t, t]), torch.cat([x, x]), torch.cat([y, torch.full_like(y, -1)])
+    labelled, unlabelled = model(t=t, x=x, y=y).float().chunk(2)
     return unlabelled + scale * (labelled - unlabelled)
 
 
 def draw_times(n, mean, uniform, device="cpu"):
-    """n times in [0, 1], a share uniform, the rest logit-normal: Esser et al. 2024 (arXiv 2403.03206), 3.1."""
+    """
+    n times in [0, 1]: a share of uniform ones, the others sigmoids of draws from N(mean, 1).
+
+    Esser et al. 2024 (arXiv 2403.03206), section 3.1: the middle of the way is the hardest to learn.
+    """
     k = round(uniform * n)
-    return torch.cat([torch.rand(k, device=device), (mean + torch.randn(n - k, device=device)).sigmoid()])
+    even = torch.rand(k, device=device)
+    normal = mean + torch.randn(n - k, device=device)
+    return torch.cat([even, normal.sigmoid()])
 
 
-LIMITS |= {
-    "eval_interval log_interval batch_size gradient_accumulation_steps max_iters": (1, math.inf),
-    "channels channel_mults n_res_blocks patch sample_steps": (1, math.inf),
-    "learning_rate warmup_iters weight_decay grad_clip image_size attention_levels guidance": (0, math.inf),
-    "seed": (0, 2**63 - 1), "label_dropout dropout ema_decay t_uniform": (0, 1), "t_mean": (-5, 5),
-    "init_from": ["scratch", "resume"], "compile": ["auto", True, False],
-    "dtype": ["auto", "float32", "bfloat16", "float16"]}
+def get_lr(it):
+    """The learning rate of iteration it: a warm-up from 0, then a straight line to 0 at max_iters."""
+    lr = learning_rate * min(1, (it + 1) / max(1, warmup_iters))
+    return lr * (1 - it / max_iters) if decay_lr else lr
 
-if __name__ == "__main__":
+
+def get_batch(pictures, labels):
+    """A random batch: x (B, C, H, W) in [-1, 1], and y (B,), of which a share is hidden, -1."""
+    device = pictures.device
+    i = torch.randint(len(pictures), (batch_size,)).to(device, non_blocking=True)
+    x = pictures[i].float() / 127.5 - 1
+    if flip:
+        mirrored = torch.rand(batch_size, 1, 1, 1, device=device) < 0.5
+        x = torch.where(mirrored, x.flip(3), x)
+    hidden = torch.rand(batch_size, device=device) < label_dropout
+    return x, torch.where(hidden, -1, labels[i])
+
+
+def update_average(ema, model, it):
+    """Bring the averaged weights nearer to the latest. The average is short at first, or it would hold noise."""
+    from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+    decay = min(ema_decay, (1 + it) / (10 + it))
+    get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), it)
+
+
+@torch.no_grad()
+def evaluate(method, x, y, noise, u):
+    """
+    Mean loss on x (N, C, H, W) with labels y (N,): over all times, then in each quarter of them.
+
+    The same noise (N, C, H, W) and u (N,), the place within the quarter, make evaluations comparable.
+    """
+    torch.manual_seed(seed)
+    quarters = []
+    for quarter in range(4):
+        batches = zip(*[v.split(batch_size) for v in (x, y, noise, (quarter + u) / 4)])
+        total = sum(len(batch[0]) * method.loss(*batch) for batch in batches)
+        quarters.append(total.item() / len(x))
+    return [sum(quarters) / 4, *quarters]
+
+
+def sample_grid(method, noise, y):
+    """Pictures like noise (N, C, H, W), of labels y (N,), drawn as the options say."""
     from sample import draw
 
-    config = configure(globals(), LIMITS)
-    ckpt_path, log_path = Path(out_dir, "ckpt.pt"), Path(out_dir, "log.csv")
-    if init_from == "resume":
-        checkpoint = load_checkpoint(ckpt_path, METHOD)
-        config = resume(globals(), LIMITS, checkpoint, FIXED)
-    elif holds_a_run(out_dir) and not overwrite:
-        fail(f"{out_dir} holds a run: go on by --init_from=resume, or add --overwrite or another --out_dir")
-    shape = "channels", "channel_mults", "n_res_blocks", "attention_levels", "dropout", "patch"
-    model_args = {k: config[k] for k in shape}
-    with explained():                                                         # do the options go together?
-        build(None, config, "cpu")
-        with torch.device("meta"):
-            UNet(**model_args)
+    batches = zip(noise.split(batch_size), y.split(batch_size))
+    return torch.cat([draw(method, *batch, sampler, sample_steps, guidance) for batch in batches])
+
+
+def check_options(config):
+    """Calls fail() where options do not go together: before any data are read."""
+    from configurator import explained, fail
+    from sample import check_sampler
+    from unet import UNet
+
+    with explained():
+        trial = build(UNet(**{name: config[name] for name in ARCHITECTURE}), config)
+        check_sampler(sampler, trial)
+        trial.loss(torch.zeros(2, 1, 8, 8))          # of two grey pictures
     if guidance != 1 and not conditional:
         fail(f"--guidance={guidance}: without labels there is nothing to be guided by")
     if guidance != 1 and not label_dropout:
         fail(f"--guidance={guidance} needs the unconditional model too, so a --label_dropout above 0")
 
-    # device, precision, processes
+
+ARCHITECTURE = ["channels", "channel_mults", "n_res_blocks", "attention_levels", "dropout", "patch"]
+FIXED += ["dataset", "image_size", "conditional", "muon", "adam_beta2", *ARCHITECTURE]
+
+if __name__ == "__main__":
+    from configurator import TRAINING, configure, explained, fail, resume
+    from core.data import load_data
+    from core.machine import choose_machine, describe_model, init_distributed
+    from core.run import Run, load_checkpoint, require_no_run
+    from unet import Muon, UNet
+
+    # The options are the defaults, or those of the run that goes on, and over them the command line.
+    config, checkpoint = configure(globals(), TRAINING | LIMITS), None
+    if init_from == "resume":
+        checkpoint = load_checkpoint(Path(out_dir, "ckpt.pt"), METHOD)
+        config = resume(globals(), TRAINING | LIMITS, FIXED, checkpoint)
+    elif not overwrite:
+        require_no_run(out_dir)
+    check_options(config)
+
+    # The machine, and the other processes if torchrun started some. Weights stay float32 under autocast.
     device, dtype, compile = choose_machine(device, dtype, compile)
     autocast = torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled=dtype != "float32")
-    rank, world, cpu_group = join_processes(device)
+    processes = init_distributed(device)
+    rank, world_size = processes.rank, processes.world_size
 
-    # data: all of it on the device, as uint8
-    with first_process_first(rank, cpu_group), explained(f"--dataset={dataset}: "):
+    # The data are all on the device, a byte a value, which spares a loader and its workers.
+    with processes.main_first(), explained(f"--dataset={dataset}: "):
         splits = load_data(dataset, data_dir, image_size, conditional)
     (x_train, y_train), (x_val, y_val) = [(x.to(device), y.to(device)) for x, y in splits]
+    picture_shape = tuple(x_train.shape[1:])         # (C, H, W)
     num_classes = int(max(y_train.max(), y_val.max())) + 1
     if guidance != 1 and not num_classes:
         fail(f"--guidance={guidance}: {dataset} has no labels to be guided by")
 
-    # model, its average, optimizer
+    # The model, the average of its weights, and the optimizer. float16 gradients are scaled, or they vanish.
     torch.manual_seed(seed)
-    model_args |= {"in_channels": x_train.shape[1], "num_classes": num_classes}
+    model_args = {name: config[name] for name in ARCHITECTURE}
+    model_args |= {"in_channels": picture_shape[0], "num_classes": num_classes}
     model = UNet(**model_args).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = (Muon(model.parameters(), betas=(0.9, 0.99)) if muon else
-                 torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True))
+    if muon:
+        optimizer = Muon(model.parameters(), betas=(0.9, adam_beta2))
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, adam_beta2), fused=True)
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype == "float16")
-    it, losses = 0, torch.zeros(2, device=device)                          # sum and number since the last log
-    if init_from == "resume":
+    losses = torch.zeros(2, device=device)           # their sum and number since the last log line
+    it = 0
+    if checkpoint:
         if checkpoint["model_args"] != model_args:
             fail(f"--dataset={dataset} has changed: the model of {out_dir} is for {checkpoint['model_args']}")
-        with explained(f"{ckpt_path} is of another version of this program: "):
-            for name, part in {"model": model, "ema": ema, "optimizer": optimizer}.items():
-                part.load_state_dict(checkpoint[name])
-            if scaler.is_enabled() and checkpoint["scaler"]:
+        with explained(f"{out_dir}/ckpt.pt is of another version of this program: "):
+            model.load_state_dict(checkpoint["model"])
+            ema.load_state_dict(checkpoint["ema"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            if checkpoint["scaler"]:                 # empty but for float16
                 scaler.load_state_dict(checkpoint["scaler"])
-            losses.copy_(checkpoint["losses"])
+            losses += checkpoint["losses"].to(device) / world_size
         it = checkpoint["iteration"]
     net = torch.compile(model) if compile else model
-    net = torch.nn.parallel.DistributedDataParallel(net) if world > 1 else net
+    if world_size > 1:
+        net = torch.nn.parallel.DistributedDataParallel(net)
     trained, averaged = build(net, config, device), build(ema, config, device)
 
-    # what is evaluated, always the same: held-out pictures in each quarter of t; a grid, a row for each class
+    # What is evaluated, always with the same noise: held-out pictures, and a grid with a row for each class.
     fixed = torch.Generator().manual_seed(0)
     x_val, y_val = x_val[:256].float() / 127.5 - 1, y_val[:256]
-    noise_val = torch.randn(x_val.shape, generator=fixed).to(device)
-    u_val = torch.rand(len(x_val), generator=fixed).to(device)
-    parts_val = [v.split(batch_size) for v in (x_val, noise_val, y_val, u_val)]
-    noise_grid = torch.randn(100, *x_val.shape[1:], generator=fixed).to(device)
-    y_grid = (torch.arange(100) // 10 % num_classes if num_classes else torch.full((100,), -1)).to(device)
+    noise = torch.randn(x_val.shape, generator=fixed).to(device)
+    u = torch.rand(len(x_val), generator=fixed).to(device)
+    grid_noise = torch.randn(100, *picture_shape, generator=fixed).to(device)
+    grid_labels = (torch.arange(100) // 10 % num_classes if num_classes else torch.full((100,), -1)).to(device)
 
-    asked, stop = stop_signals(), 0                                           # this process, all processes
-    pictures_per_iter = batch_size * gradient_accumulation_steps * world
-    if rank == 0:
-        with explained(f"--out_dir={out_dir}: "):
-            log, lock = start_run(ckpt_path, log_path, init_from, overwrite, it)  # the name keeps the lock
-        say(f"{METHOD} on {dataset}: {len(x_train)} pictures of {tuple(x_val.shape[1:])}, "
-            f"{num_classes} classes\n"
-            f"{sum(p.numel() for p in model.parameters()):,} parameters, "
-            f"{ema.flops(x_val[:1]) / 1e6:.1f} MFLOP a picture in a forward pass\n"
-            f"{device}, {dtype}, {'compiled' if compile else 'not compiled'}, "
-            f"{world} process{'es' * (world > 1)}\n"
-            f"iterations {it} to {max_iters}, of {pictures_per_iter} pictures each\n"
-            f"samples, log.csv and ckpt.pt go to {Path(out_dir).resolve()}")
+    pictures_per_iter = batch_size * gradient_accumulation_steps * world_size
+    run = Run(out_dir, processes, it, max_iters, pictures_per_iter, resumed=bool(checkpoint), overwrite=overwrite)
+    run.say(f"{METHOD} on {dataset}: {len(x_train)} pictures of {picture_shape}, {num_classes} classes")
+    run.say(describe_model(ema, t=u[:1], x=x_val[:1], y=y_val[:1]))
+    run.say(f"{device}, {dtype}, {'compiled' if compile else 'not compiled'}, "
+            f"{world_size} process{'es' if world_size > 1 else ''}")
+    run.say(f"iterations {it} to {max_iters}, of {pictures_per_iter} pictures each")
+    run.say(f"samples, log.csv and ckpt.pt go to {Path(out_dir).resolve()}")
 
-    saved, last, last_time = it, it, time.time()                             # the latest checkpoint, log line
-    while it < max_iters and not stop:
-        lr = learning_rate * min(1, (it + 1) / max(1, warmup_iters))
-        if decay_lr:
-            lr *= 1 - it / max_iters
+    while it < max_iters and not run.stopping:
+        lr = get_lr(it)
         for group in optimizer.param_groups:
             group.update(lr=lr, weight_decay=weight_decay)
         for micro in range(gradient_accumulation_steps):
-            torch.manual_seed(hash((seed, it, micro * world + rank)))  # resumed or not, the same draws follow
-            i = torch.randint(len(x_train), (batch_size,)).to(device, non_blocking=True)
-            x = x_train[i].float() / 127.5 - 1                                # (B, C, H, W) in [-1, 1]
-            if flip:
-                x = torch.where(torch.rand(batch_size, 1, 1, 1, device=device) < 0.5, x.flip(3), x)
-            y = torch.where(torch.rand(batch_size, device=device) < label_dropout, -1, y_train[i])
-            if world > 1:
+            # A seed for each batch: a resumed run draws what it would have drawn without a stop.
+            torch.manual_seed(hash((seed, it, micro * world_size + rank)))
+            x, y = get_batch(x_train, y_train)
+            if world_size > 1:                       # gradients are exchanged once, with the last batch
                 net.require_backward_grad_sync = micro == gradient_accumulation_steps - 1
-            u = draw_times(batch_size, t_mean, t_uniform, device)
             with autocast:
-                loss = trained.loss(x, y=y, u=u)
+                loss = trained.loss(x, y)
             scaler.scale(loss / gradient_accumulation_steps).backward()
             losses += torch.stack([loss.detach(), torch.ones_like(loss)])
-        scaler.unscale_(optimizer)
+        scaler.unscale_(optimizer)                   # what is clipped is the true gradient
         if grad_clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-        scaler.step(optimizer)
+        scaler.step(optimizer)                       # does nothing if a float16 gradient overflowed
         scaler.update()
         optimizer.zero_grad()
-        decay = min(ema_decay, (1 + it) / (10 + it))
-        torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
+        update_average(ema, model, it)
         it += 1
 
-        stop = torch.tensor(max(asked, default=0))
-        if world > 1:
-            dist.all_reduce(stop, dist.ReduceOp.MAX, group=cpu_group)      # all stop after the same iteration
-        evaluating, logging = it % eval_interval == 0 or it == max_iters, it % log_interval == 0
-        if rank > 0 or not (evaluating or logging or stop):
+        evaluating = it % eval_interval == 0 or it == max_iters
+        logging = it % log_interval == 0 or evaluating
+        if not (run.stop_requested() or logging):
             continue
-        mean = (losses[0] / losses[1]).item()                                 # only here is a GPU waited for
-        speed = (it - last) * pictures_per_iter / (time.time() - last_time)
-        held_out = []
-        if evaluating:
-            torch.manual_seed(seed)
-            with autocast, torch.no_grad():
-                quarters = [sum(len(x) * averaged.loss(x, noise, y, (q + u) / 4) for x, noise, y, u in
-                                zip(*parts_val)).item() / len(x_val) for q in range(4)]
-            held_out = [sum(quarters) / 4, *quarters]
-        if not math.isfinite(mean + sum(held_out) + sum(p.detach().sum() for p in model.parameters())):
-            fail(f"the loss or a weight is not finite at iteration {it}: try a smaller --learning_rate, or "
-                 f"--dtype=float32; {ckpt_path}, if there is one, is from before that")
-        steps = int(optimizer.state[model.conv_in.bias].get("step", 0))      # Muon counts them for biases only
-        if evaluating or logging:
-            row = [f"{it},{mean:.6f},{lr:.3e},{speed:.0f}", *([f"{v:.6f}" for v in held_out] or [""] * 5)]
-            log.append(",".join(row))
-            with if_the_disk_allows(log_path), whole(log_path) as f:
-                f.write("\n".join([*log, ""]).encode())
-            say(f"iteration {it} of {max_iters}: loss {mean:.4f}, {speed:.0f} pictures/s, "
-                f"{(max_iters - it) * pictures_per_iter / speed / 60:.1f} min left"
-                + f", {it - steps} steps skipped" * (it > steps))           # where float16 overflowed
+        processes.average(losses)                    # only here is a GPU waited for
+        loss, speed = (losses[0] / losses[1]).item(), run.speed(it)
+        with autocast:
+            held_out = evaluate(averaged, x_val, y_val, noise, u) if evaluating else []
+        run.require_finite(it, [loss, *held_out], model)
+        if logging:
+            run.log(it, loss, lr, speed, held_out, optimizer)
             losses.zero_()
-        if evaluating or stop:
-            with if_the_disk_allows(ckpt_path):
-                save_checkpoint(ckpt_path, method=METHOD, config=config, iteration=it, losses=losses,
-                                model_args=model_args, picture_shape=tuple(x_val.shape[1:]),
+        if evaluating or run.stopping:
+            run.save_checkpoint(method=METHOD, config=config, iteration=it, losses=losses,
+                                model_args=model_args, picture_shape=picture_shape,
                                 model=model.state_dict(), ema=ema.state_dict(),
                                 optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-                saved = it
         if evaluating:
             with autocast:
-                grid = torch.cat([draw(averaged, noise, y, sample_steps, sampler, guidance)[0] for noise, y in
-                                  zip(noise_grid.split(batch_size), y_grid.split(batch_size))])
-            png = Path(out_dir, f"sample-{it}.png")
-            with if_the_disk_allows(png), whole(png) as f:
-                save_image(grid, f, nrow=10, normalize=True, value_range=(-1, 1), format="png")
-            say("held-out loss {:.4f}, by quarter of t {:.4f} {:.4f} {:.4f} {:.4f}; ".format(*held_out)
-                + f"drew {png.name}")
-        last, last_time = it, time.time()
-    code = 128 + int(stop) if stop else 0
-    if rank == 0 and saved < it:
-        say(f"the end, iteration {it}, could not be saved: {ckpt_path}, if there, is older", file=sys.stderr)
-        code = 1
-    elif rank == 0 and it < max_iters:
-        say(f"stopped, and saved at iteration {it}: go on by --init_from=resume --out_dir={out_dir}")
-    if world > 1:
-        dist.barrier(cpu_group)                                       # the first process may still be drawing
-        os._exit(code)        # at once: taking gloo's threads down one by one now and then aborts the process
-    raise SystemExit(code)
+                grid = sample_grid(averaged, grid_noise, grid_labels)
+            run.save_grid(it, grid, held_out)
+        run.start_clock(it)
+    run.finish(it)

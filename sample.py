@@ -1,341 +1,479 @@
 """
-Draw pictures with a checkpoint of ddpm.py or of cfm.py, or measure how likely real ones are under it.
+Draw pictures with a checkpoint of ddpm.py or cfm.py, or measure how likely real ones are under it.
 
-    python sample.py --out_dir=out/cfm                                          # a grid: out/cfm/samples.png
-    python sample.py --out_dir=out/cfm --labels=3,1,4 --guidance=2              # threes, ones, fours in turn
-    python sample.py --out_dir=out/ddpm --sampler=ddim --eta=1 --steps=50 --save=pictures  # a folder of PNGs
-    python sample.py --out_dir=out/cfm --n_samples=10000 --save=samples.npz     # for FID tools, or to train on
-    python sample.py --out_dir=out/ddpm --task=likelihood --n_samples=200       # bits/dim of held-out pictures
+    python sample.py --out_dir=out/cfm                                      # a grid: out/cfm/samples.png
+    python sample.py --out_dir=out/cfm --labels=3,1,4 --guidance=2          # threes, ones, fours in turn
+    python sample.py --out_dir=out/ddpm --sampler=ddim --eta=1 --steps=50 --save=digits    # a folder of PNGs
+    python sample.py --out_dir=out/cfm --n_samples=30 --steps=40 --save=digits.gif   # the way from noise
+    python sample.py --out_dir=out/cfm --n_samples=10000 --save=samples.npz # for FID tools, or to train on
+    python sample.py --out_dir=out/ddpm --task=likelihood --n_samples=200   # bits/dim of held-out pictures
 
-Both kinds of model are read as one. A point on the way from noise to data is x_t = alpha_t data + sigma_t
-noise; divided by alpha_t + sigma_t it is z = tau data + (1 - tau) noise, on a straight line, at tau =
-alpha_t / (alpha_t + sigma_t), and the flow from noise to data is dz/dtau = E[data - noise | z]. That is what
-cfm.py learns, and ddpm.py's model knows in other words. So there is one of each sampler, and all it asks for
-is the velocity v(tau, z). In that are predictions of the data, z + (1 - tau) v, and of the noise, z - tau v.
+A sampler is a function of a velocity v(tau, z), of noise z, and of the times taus between which it steps.
+For both methods z = tau data + (1 - tau) noise is a point on a straight line from noise to data, and the
+velocity is E[data - noise | z]. That is what cfm.py learns; ddpm.py's model knows it in other words. So
+v also gives predictions of the data, z + (1 - tau) v, and of the noise, z - tau v. On the curved paths of
+cfm.py v is a velocity and nothing else, so there are no such predictions.
 
 The same seed gives the same pictures, whatever the batch_size, up to rounding.
 """
-import importlib
 import math
-import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
-from torchvision.utils import save_image
 
-from configurator import (choose_machine, configure, explained, fail, load_checkpoint, load_data, say,
-                          stop_signals, whole)
-from unet import UNet
-
-# ------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 out_dir = "out/cfm"       # of the run whose ckpt.pt is used
-task = "draw"             # interpolate: from one noise to another in each row; reconstruct: held-out pictures
-                          # to noise and back; likelihood: bits/dim of held-out pictures, ddpm's by the bound
-n_samples = 100
-save = "auto"             # .png: a grid; .npz: arr_0 uint8 (N, H, W, C), arr_1 labels (N,); else a folder
-sampler = "auto"          # euler, midpoint, heun, rk4, dopri5, ddim, dpm++ or ancestral; auto: as the run
-                          # drew its grids, but rk4 to reconstruct and dopri5 for a likelihood
-steps = 0                 # 0: as many as the run drew its grids with, but 20 to reconstruct; ancestral takes
-                          # all, dopri5 as many as it needs
-eta = 0.0                 # noise in a ddim step: from 0, none, to 1, as in ancestral sampling with fixedsmall
-clip = True               # keep predicted pictures within [-1, 1]; with cfm only ddim and dpm++ make any
-atol = 1e-4               # error that dopri5 allows in a step, absolute
+task = "draw"             # or interpolate: each row from one noise to another; reconstruct: held-out pictures
+#                           to noise and back; likelihood: bits/dim of held-out pictures
+n_samples = 100           # pictures to draw, or held-out pictures to take
+save = "auto"             # .png: a grid; .gif: the grid as it forms; .npz: arr_0, uint8 (N, H, W, C), and
+#                           arr_1, labels (N,); anything else: a folder of PNGs; auto: a grid in out_dir
+sampler = "auto"          # euler, midpoint, heun, rk4, dopri5, ddim, dpm++ or ancestral; auto: that of the
+#                           run's grids, to reconstruct rk4, for a likelihood dopri5
+steps = 0                 # 0: those of the run's grids, or 20 to reconstruct; ancestral takes all of them,
+#                           dopri5 as many as it needs
+eta = 0.0                 # noise in a ddim step: 0 for none, 1 for as much as in ancestral sampling
+clip = True               # keep predicted pictures within [-1, 1]; with cfm only ddim and dpm++ predict any
+atol = 1e-4               # the error that dopri5 allows in a step: absolute
 rtol = 1e-4               # and relative
-exact = False             # likelihood of cfm: exact divergence, for pictures of few pixels; false: estimated
-guidance = 1.0            # 1: the conditional model as is; 0: the unconditional; above 1: exaggerated labels
+exact = False             # likelihood of cfm: exact divergence, for tiny pictures; false: an estimate
+guidance = 1.0            # 1: the conditional model as it is; 0: the unconditional; above 1: exaggerated labels
+guidance_interval = (0.0, 1.0)  # the times, 0 at the noise and 1 at the data, between which guidance acts
 labels = ()               # the classes to draw, in turn: 3 or 3,1,4; (): all of them
-seed = 0
+seed = 0                  # of the noise
 ema = True                # the averaged weights; false: the latest
 batch_size = 250          # pictures at a time
 device = "auto"           # cuda, cuda:1, mps or cpu
-# ------------------------------------------------------------------------------------------------------------
-# explicit Runge-Kutta: a stage looks a fraction c of the step ahead along the one before; b weighs the stages
-TABLEAUS = {"euler": ([0], [1]), "midpoint": ([0, 1/2], [0, 1]), "heun": ([0, 1], [1/2, 1/2]),
-            "rk4": ([0, 1/2, 1/2, 1], [1/6, 1/3, 1/3, 1/6])}
-# Dormand & Prince 1980: a stage looks ahead along all before; the last is the step, and the next one's first
-DOPRI5 = [(1/5, [1/5]), (3/10, [3/40, 9/40]), (4/5, [44/45, -56/15, 32/9]),
-          (8/9, [19372/6561, -25360/2187, 64448/6561, -212/729]),
-          (1, [9017/3168, -355/33, 46732/5247, 49/176, -5103/18656]),
-          (1, [35/384, 0, 500/1113, 125/192, -2187/6784, 11/84])]
-DOPRI5_ERROR = [71/57600, 0, -71/16695, 71/1920, -17253/339200, 22/525, -1/40]            # 5th order less 4th
+# -----------------------------------------------------------------------------
+LIMITS = {
+    "task": ["draw", "interpolate", "reconstruct", "likelihood"],
+    "eta": (0, 1),
+    "atol": (1e-7, 1),
+    "rtol": (1e-7, 1),
+    "seed": (0, 2**63 - 1),
+    "guidance_interval": (0, 1),
+    **dict.fromkeys(["n_samples", "batch_size"], (1, math.inf)),
+    **dict.fromkeys(["steps", "guidance", "labels"], (0, math.inf)),
+}
 
 
-def wide(t, x):
-    """t (B,), shaped (B, 1, ...) to go with x (B, *dim)."""
-    return t.reshape(-1, *[1] * (x.dim() - 1))
+# ---- samplers of any flow: v(tau, z) with tau a number or (B,), z (B, *dim), taus a list of numbers ----
+
+def euler(v, z, taus):
+    """Order 1."""
+    for t, s in pairwise(taus):
+        z = z + (s - t) * v(t, z)
+    return z
 
 
-def solve(f, x, times, sampler, atol=1e-4, rtol=1e-4):
+def midpoint(v, z, taus):
+    """Order 2: the velocity half-way, where half a step of Euler's method leads."""
+    for t, s in pairwise(taus):
+        h = s - t
+        z = z + h * v(t + h / 2, z + h / 2 * v(t, z))
+    return z
+
+
+def heun(v, z, taus):
     """
-    Solves dx/dt = f(t, x), t (B,), from x (B, *dim) at times[0] to times[-1], forwards or backwards: in a step
-    from each of times to the next, or in as many as dopri5 needs, which looks at the two ends only.
+    Order 2: the mean of the velocities at both ends of a step, as in Karras et al. 2022 (arXiv 2206.00364).
+
+    As there, a step that ends at the data is one of Euler's: there the velocity is known least.
     """
-    if sampler == "dopri5":
-        return dopri5(f, x, times[0], times[-1], atol, rtol)
-    for t, s in zip(times, times[1:]):
-        k, dx, h = 0, 0, s - t
-        for c, b in zip(*TABLEAUS[sampler]):
-            k = f(torch.full((len(x),), t + c * h, device=x.device), x + c * h * k)
-            dx = dx + b * k
-        x = x + h * dx
-    return x
+    for t, s in pairwise(taus):
+        now = v(t, z)
+        ahead = v(s, z + (s - t) * now) if s < 1 else now
+        z = z + (s - t) * (now / 2 + ahead / 2)
+    return z
 
 
-def dopri5(f, x, start, end, atol, rtol):
+def rk4(v, z, taus):
+    """Order 4, the classical one."""
+    for t, s in pairwise(taus):
+        h = s - t
+        k1 = v(t, z)
+        k2 = v(t + h / 2, z + h / 2 * k1)
+        k3 = v(t + h / 2, z + h / 2 * k2)
+        k4 = v(s, z + h * k3)
+        z = z + h * (k1 / 6 + k2 / 3 + k3 / 3 + k4 / 6)
+    return z
+
+
+# Dormand & Prince 1980. Each stage: how far ahead it looks, and the weights of the stages before.
+# The last stage is the step itself, and the first of the next step.
+DOPRI5 = [
+    (1/5, [1/5]),
+    (3/10, [3/40, 9/40]),
+    (4/5, [44/45, -56/15, 32/9]),
+    (8/9, [19372/6561, -25360/2187, 64448/6561, -212/729]),
+    (1, [9017/3168, -355/33, 46732/5247, 49/176, -5103/18656]),
+    (1, [35/384, 0, 500/1113, 125/192, -2187/6784, 11/84]),
+]
+DOPRI5_ERROR = [71/57600, 0, -71/16695, 71/1920, -17253/339200, 22/525, -1/40]   # order 5 minus order 4
+
+
+def dopri5(v, z, taus, atol=1e-4, rtol=1e-4):
     """
-    Adaptive steps, of each picture's own length, so that it does not matter which others are in the batch. A
-    step's error is estimated from two orders; if its mean square is too large the step is taken again,
-    shorter. FloatingPointError if that does not help.
+    Order 5, from the first of taus to the last in as many steps as the errors atol and rtol need.
+
+    Each picture has steps of its own length, so that it does not matter which others are in the batch.
+    FloatingPointError if no step is short enough.
     """
-    h = torch.full((len(x),), (end - start) / 20, device=x.device, dtype=x.dtype)
+    start, end = taus[0], taus[-1]
+    shape = len(z), *[1] * (z.dim() - 1)
+    h = torch.full(shape, (end - start) / 20, device=z.device, dtype=z.dtype)
     t = torch.full_like(h, start)
-    first = f(t, x)
+    first = v(t.flatten(), z)
     while (t != end).any():
         last = (t + h - end) * (end - start) >= 0
         h = torch.where(last, end - t, h)
         k = [first]
-        for c, a in DOPRI5:
-            ts = torch.where(last, end - (1 - c) * h, t + c * h)            # exactly the end, never beyond it
-            xs = x + wide(h, x) * sum(w * ki for w, ki in zip(a, k))
-            k.append(f(ts, xs))
-        error = wide(h, x) * sum(w * ki for w, ki in zip(DOPRI5_ERROR, k))
-        error = (error / (atol + rtol * torch.maximum(x.abs(), xs.abs()))).flatten(1).square().mean(1).sqrt()
+        for ahead, weights in DOPRI5:
+            ts = torch.where(last, end - (1 - ahead) * h, t + ahead * h)         # exactly the end, never beyond
+            zs = z + h * sum(w * ki for w, ki in zip(weights, k))
+            k.append(v(ts.flatten(), zs))
+        error = h * sum(w * ki for w, ki in zip(DOPRI5_ERROR, k))
+        error = error / (atol + rtol * torch.maximum(z.abs(), zs.abs()))
+        error = error.flatten(1).square().mean(1).sqrt().reshape(shape)
         good = error <= 1
-        x, first = torch.where(wide(good, x), xs, x), torch.where(wide(good, x), k[-1], first)
-        t, h = torch.where(good, ts, t), h * (0.9 * error ** -0.2).clamp(0.2, 5).nan_to_num(0.2)
+        z, t, first = torch.where(good, zs, z), torch.where(good, ts, t), torch.where(good, k[-1], first)
+        h = h * (0.9 * error ** -0.2).clamp(0.2, 5).nan_to_num(0.2)
         if (h[t != end].abs() < 1e-6 * abs(end - start)).any():
             raise FloatingPointError("dopri5 cannot go on: the model is not finite, "
                                      "or atol and rtol are too small")
-    return x
+    return z
 
+
+# ---- samplers of straight paths ----
 
 def predictions(tau, z, v, clip):
-    """The data and noise in z, as velocity v predicts them, (B, *dim) each; the noise fits clipped data."""
+    """The data and the noise in z according to velocity v, (B, *dim) each; the noise fits clipped data."""
     data = z + (1 - tau) * v
     data = data.clamp(-1, 1) if clip else data
     return data, (z - tau * data) / (1 - tau)
 
 
-def ddim(v, z, taus, eta=0.0, clip=True, randn=torch.randn_like):
+def ddim(v, z, taus, clip=True, eta=0.0, randn=torch.randn_like):
     """
-    Song et al. 2020 (arXiv 2010.02502), eq. 12 and 16, from each of taus to the next: mixes the predictions
-    anew. On the straight line that is Euler's method, but for clipping, and for eta, which renews a part of
-    the noise.
+    Song et al. 2020 (arXiv 2010.02502), eq. 12 and 16: mix the predicted data and noise again, for each tau.
+
+    Without clipping that is Euler's method. eta renews a part of the noise, randn(z) being noise like z.
     """
-    for t, s in zip(taus, taus[1:]):
+    for t, s in pairwise(taus):
         data, noise = predictions(t, z, v(t, z), clip)
         var = eta**2 * ((1 - s) ** 2 - (t / s * (1 - s) ** 2 / (1 - t)) ** 2)
         z = s * data + math.sqrt((1 - s) ** 2 - var) * noise
-        z = z + math.sqrt(var) * randn(z) if var else z
+        if var:
+            z = z + math.sqrt(var) * randn(z)
     return z
 
 
 def dpm_solver(v, z, taus, clip=True):
     """
-    DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095), algorithm 2: as ddim, but with the data prediction
-    extrapolated to the middle of the step, linearly in lambda = log(tau / (1 - tau)). Where lambda is
-    infinite, at both ends, it is ddim.
+    DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095), algorithm 2.
+
+    As ddim, but with the data prediction extrapolated to the middle of the step, in a straight line in
+    lambda = log(tau / (1 - tau)). At the two ends, where lambda is infinite, it is ddim.
     """
-    before, h_before = None, math.inf
-    for t, s in zip(taus, taus[1:]):
+    data_before, h_before = None, math.inf
+    for t, s in pairwise(taus):
         data, _ = predictions(t, z, v(t, z), clip)
-        h = math.log(s / (1 - s) / t * (1 - t)) if t > 0 and s < 1 else math.inf
-        d = data + (data - before) * h / h_before / 2 if h < math.inf and h_before < math.inf else data
+        h = math.log(s / (1 - s) / t * (1 - t)) if 0 < t and s < 1 else math.inf
+        d = data
+        if h < math.inf and h_before < math.inf:
+            d = data + (data - data_before) * h / h_before / 2
         z = (1 - s) / (1 - t) * z + (s - t * (1 - s) / (1 - t)) * d
-        before, h_before = data, h
+        data_before, h_before = data, h
     return z
 
 
-class Flow:
+SAMPLERS = {"euler": euler, "midpoint": midpoint, "heun": heun, "rk4": rk4, "dopri5": dopri5,
+            "ddim": ddim, "dpm++": dpm_solver}
+STRAIGHT = ["ddim", "dpm++"]                                 # need predictions, so a straight path
+LOOK_AHEAD = ["midpoint", "heun", "rk4", "dopri5"]           # want steps of even length
+REVERSIBLE = ["euler", "midpoint", "heun", "rk4", "dopri5"]
+
+
+def check_sampler(sampler, method):
+    """ValueError if the sampler needs a straight path and the method has a curved one."""
+    if sampler in STRAIGHT and not method.straight:
+        raise ValueError(f"--sampler={sampler} is for straight paths, and this one is curved: "
+                         "add --sampler=euler")
+
+
+def flow(method, y=None, guidance=1.0, clip=False, interval=(0.0, 1.0), watch=None):
     """
-    A method of either script as v(tau, z), tau (B,) or a number, under fixed labels y (B,) or None, and
-    guidance. clip keeps the data that DenoiseDiffusion predicts within [-1, 1], and fits the noise to it:
-    where there is much noise, it would else be far off. It counts its evaluations of the model, and tells of
-    them at times.
+    The method's velocity as a function v(tau, z), tau a number or (B,), for labels y (B,) or None.
+
+    Guidance acts where tau is in the interval (Kynkaanniemi et al. 2024, arXiv 2404.07724). If there is a
+    watch, watch(tau, z) is called at each evaluation.
     """
+    def v(tau, z):
+        if watch:
+            watch(tau, z)
+        everywhere = tuple(interval) == (0, 1)
+        scale = guidance if everywhere or interval[0] <= tau <= interval[1] else 1.0
+        tau = torch.as_tensor(tau, dtype=torch.float32, device=z.device).expand(len(z))
+        return method.velocity(tau, z, y, scale, clip)
 
-    def __init__(self, method, y=None, guidance=1.0, clip=False):
-        self.method, self.y, self.guidance, self.clip = method, y, guidance, clip
-        self.evaluations, self.told = 0, time.time()
-        self.taus = None
-        if hasattr(method, "alpha_bar"):                                     # DenoiseDiffusion: tau at each t
-            self.taus = 1 / (1 + (method.one_minus_alpha_bar / method.alpha_bar).sqrt())
-
-    def times(self, steps, sampler="heun"):
-        """
-        The tau at which steps start, and for cfm the last one ends. For euler, ddim and dpm++ they are shorter
-        at the noise, where shapes are decided: u / (u + 2 (1 - u)) of even u, from half as long as even ones to
-        twice (Esser et al. 2024, arXiv 2403.03206, section 5.3.2); DenoiseDiffusion has the t of as much noise
-        or just more, or where t are too few the next below. It has never seen data without noise, so its last
-        step is ddim's, straight to the data; samplers that look ahead go down to the least noise there is,
-        t = 0, before, evenly in t.
-        """
-        ahead = sampler not in ("euler", "ddim", "dpm++")
-        if self.taus is None:
-            return [i / (steps if ahead else 2 * steps - i) for i in range(steps + 1)]
-        taus, n = self.taus.cpu(), len(self.taus)
-        steps = min(steps, n) if sampler != "dopri5" else 2
-        if ahead:
-            return taus[torch.linspace(n - 1, 0, steps).round().long()].tolist()
-        i = torch.arange(steps)
-        t = torch.searchsorted(-taus, -i / (2 * steps - i))
-        return taus[(t + i).cummin(0).values.clamp(steps - 1, n - 1) - i].tolist()  # each t below the last
-
-    def count(self):
-        self.evaluations += 1
-        if time.time() - self.told > 10:
-            say(f"{self.evaluations} evaluations of the model so far")
-            self.told = time.time()
-
-    def __call__(self, tau, z):
-        tau = tau.float() if torch.is_tensor(tau) else torch.full((len(z),), float(tau), device=z.device)
-        self.count()
-        if self.taus is None:
-            return self.method.velocity(tau, z, self.y, self.guidance)
-        i = torch.searchsorted(-self.taus, -tau).clamp(1, len(self.taus) - 1)
-        t = i - (tau - self.taus[i]) / (self.taus[i - 1] - self.taus[i])  # between its steps, t is a fraction
-        norm = wide(torch.hypot(tau, 1 - tau), z)                             # 1 / (alpha + sigma)
-        alpha, sigma = wide(tau, z) / norm, wide(1 - tau, z) / norm
-        data, noise = self.method.predict(z / norm, t, alpha, sigma, self.y, self.guidance)
-        if self.clip:
-            data, noise = predictions(wide(tau, z), z, data - noise, clip=True)
-        return data - noise
+    return v
 
 
 @torch.no_grad()
-def draw(method, noise, y=None, steps=20, sampler="euler", guidance=1.0, eta=0.0, clip=True, atol=1e-4,
-         rtol=1e-4, randn=torch.randn_like):
+def draw(method, noise, y=None, sampler="dpm++", steps=5, guidance=1.0, clip=True,
+         interval=(0.0, 1.0), watch=None, **options):
     """
-    From noise (B, *dim) to (pictures (B, *dim) in about [-1, 1], number of evaluations of the model). y:
-    labels (B,) or None. randn(x) draws the noise that ancestral sampling and eta add. Evaluations a step:
-    midpoint and heun 2, rk4 4, all others 1, and so has the last step of DenoiseDiffusion, see Flow.times().
+    Pictures (B, *dim), in about [-1, 1], from noise (B, *dim) and labels y (B,) or None.
+
+    A step of midpoint and heun takes 2 evaluations of the model, of rk4 4, of the others 1. options are the
+    sampler's own: eta, randn, atol, rtol. Raises ValueError where the sampler does not fit the path.
     """
-    v = Flow(method, y, guidance, clip)
-    if sampler == "ancestral":                                                # Ho et al., Algorithm 2
-        x = noise
-        for t in reversed(range(method.n_steps)):
-            v.count()
-            x = method.p_sample(x, torch.full((len(x),), t, device=x.device), y, guidance, clip, randn(x))
-        return x, v.evaluations
-    taus = v.times(steps, sampler)
-    z = noise * math.hypot(taus[0], 1 - taus[0])
-    end = [1.0] if taus[-1] < 1 else []
-    if sampler == "ddim":
-        return ddim(v, z, taus + end, eta, clip, randn), v.evaluations
-    if sampler == "dpm++":
-        return dpm_solver(v, z, taus + end, clip), v.evaluations
-    z = solve(v, z, taus, sampler, atol, rtol)
-    return solve(v, z, taus[-1:] + end, "euler"), v.evaluations
+    check_sampler(sampler, method)
+    if sampler == "ancestral":
+        return method.sample(noise, y, guidance=guidance, clip=clip, **options)
+    if sampler in STRAIGHT:
+        options["clip"] = clip
+    v = flow(method, y, guidance, clip, interval, watch)
+    taus = method.times(2 if sampler == "dopri5" else steps, even=sampler in LOOK_AHEAD)
+    z = noise * math.hypot(taus[0], 1 - taus[0])             # its scale in z, where taus do not begin at 0
+    z = SAMPLERS[sampler](v, z, taus, **options)
+    return euler(v, z, [taus[-1], 1.0]) if taus[-1] < 1 else z       # the rest is one step
 
 
 @torch.no_grad()
-def encode(method, x, y=None, steps=10, sampler="heun", atol=1e-4, rtol=1e-4):
-    """The noise that draw(), with the same arguments, makes the pictures x of: the flow run backwards."""
-    v = Flow(method, y)
-    taus = v.times(steps, sampler)[::-1]
+def encode(method, x, y=None, sampler="rk4", steps=20, **options):
+    """The noise (B, *dim) from which draw() makes the pictures x (B, *dim): the flow run backwards."""
+    v = flow(method, y)
+    taus = method.times(2 if sampler == "dopri5" else steps, even=sampler in LOOK_AHEAD)[::-1]
     z = x - (1 - taus[0]) * v(taus[0], x) if taus[0] < 1 else x
-    return solve(v, z, taus, sampler, atol, rtol) / math.hypot(taus[-1], 1 - taus[-1])
+    return SAMPLERS[sampler](v, z, taus, **options) / math.hypot(taus[-1], 1 - taus[-1])
 
 
-def log_likelihood(method, x, y=None, steps=10, sampler="dopri5", atol=1e-4, rtol=1e-4, probe=None):
+# ---- likelihoods, of both methods: what they measure is the same, and to train neither is needed ----
+
+@torch.no_grad()
+def bound(method, x0, y=None, randn=torch.randn_like):
     """
-    (log p(x) in nats (B,), number of evaluations) for pictures x (B, *dim) under cfm's flow, which starts from
-    N(0, I) at tau = 0; along it d log p / dtau = -div v (Chen et al. 2018, arXiv 1806.07366, theorem 1).
-    The divergence is exact, at the cost of *dim gradients, or with a probe like x, of entries 1 and -1,
+    The terms of DDPM's bound on -log2 p(x0), Ho et al., eq. 5, in bits/dim, (B,) each.
+
+    They are L_T, what is left of x0 at the end; the sum over t of KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} |
+    x_t)), at a draw of x_t each; and L_0, the discretised decoder of section 3.3. x0 (B, *dim) has 256 levels
+    from -1 to 1. That takes T evaluations of the model.
+    """
+    def column(table, t):
+        return table[t].reshape(-1, *[1] * (x0.dim() - 1))
+
+    mean, var = method.q_xt_x0(x0, torch.full((len(x0),), method.n_steps - 1, device=x0.device))
+    prior = (mean.square() + var - 1 - var.log()) / 2
+    between = 0
+    for step in reversed(range(method.n_steps)):
+        t = torch.full((len(x0),), step, device=x0.device)
+        xt = method.q_sample(x0, t, randn(x0))
+        mean, var = method.p_mean(xt, t, y, clip=True), column(method.sigma2, t)
+        if step > 0:                                         # KL between Gaussians of variances var_q and var
+            var_q, gap = column(method.beta_tilde, t), method.q_posterior_mean(xt, t, x0) - mean
+            between = between + (var_q / var + gap.square() / var - 1 + (var / var_q).log()) / 2
+
+    # L_0: the share of N(mean, var) between the edges of x0's level, which at the ends are infinite
+    x0, mean, std = (v.cpu().double() for v in (x0, mean, var.sqrt()))
+    low = ((x0 - 1 / 255 - mean) / std).masked_fill(x0 < -0.999, -math.inf)
+    high = ((x0 + 1 / 255 - mean) / std).masked_fill(x0 > 0.999, math.inf)
+    low, high = torch.where(low > 0, -high, low), torch.where(low > 0, -low, high)   # the tail that is precise
+    low, high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
+    decoder = -(high + torch.log1p(-torch.exp(low - high)))  # -log(Phi(high) - Phi(low))
+    return [nats.flatten(1).mean(1).float().cpu() / math.log(2) for nats in (prior, between, decoder)]
+
+
+def log_likelihood(method, x, y=None, sampler="dopri5", steps=20, probe=None, **options):
+    """
+    log p(x) in nats, (B,), of pictures x (B, *dim) under cfm.py's flow from N(0, I).
+
+    Along the flow, d log p / dtau = -div v (Chen et al. 2018, arXiv 1806.07366, theorem 1). The divergence is
+    exact, at the cost of a gradient for each entry of x, or, with a probe like x of entries 1 and -1,
     Hutchinson's estimate probe . (dv / dz probe), the probe being the same all along (Grathwohl et al. 2018,
-    arXiv 1810.01367, section 3.1).
+    arXiv 1810.01367, section 3.1). ValueError if the flow does not go all the way, as ddpm.py's: see bound().
     """
-    v = Flow(method, y)
-    if v.taus is not None:
-        raise ValueError("this is for a VelocityField: a DenoiseDiffusion has its bound()")
+    v = flow(method, y)
+    taus = method.times(2 if sampler == "dopri5" else steps, even=sampler in LOOK_AHEAD)[::-1]
+    if (taus[-1], taus[0]) != (0, 1):
+        raise ValueError("the flow must go from tau = 0 to 1: the likelihood of a DenoiseDiffusion is its bound()")
 
-    def f(tau, state):                                                  # (B, 1 + D): divergence so far, and z
+    def with_divergence(tau, state):                         # (B, 1 + D): the divergence so far, and z
         with torch.enable_grad():
             z = state[:, 1:].detach().reshape(x.shape).requires_grad_()
             dz = v(tau, z)
             if probe is not None:
-                div = (torch.autograd.grad((dz * probe).sum(), z)[0] * probe).flatten(1).sum(1)
+                product, = torch.autograd.grad((dz * probe).sum(), z)
+                div = (product * probe).flatten(1).sum(1)
             else:
                 rows = [torch.autograd.grad(d, z, retain_graph=True)[0] for d in dz.flatten(1).sum(0)]
                 div = sum(row.flatten(1)[:, i] for i, row in enumerate(rows))
         return torch.cat([div[:, None], dz.flatten(1)], 1).detach()
 
-    state = solve(f, F.pad(x.flatten(1), (1, 0)), v.times(steps, sampler)[::-1], sampler, atol, rtol)
-    return -(state[:, 1:].square() + math.log(2 * math.pi)).sum(1) / 2 + state[:, 0], v.evaluations
+    state = torch.cat([torch.zeros_like(x.flatten(1)[:, :1]), x.flatten(1)], 1)
+    state = SAMPLERS[sampler](with_divergence, state, taus, **options)
+    noise = state[:, 1:]
+    return -(noise.square() + math.log(2 * math.pi)).sum(1) / 2 + state[:, 0]
 
 
 def slerp(a, b, share):
     """A point on the arc from noise a to noise b: unlike one on the chord, it is as long as noise is."""
-    angle = torch.acos(F.cosine_similarity(a.flatten(), b.flatten(), dim=0))
+    angle = torch.acos(torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0))
     return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
 
 
-if __name__ == "__main__":
-    configure(globals(), {"n_samples batch_size": (1, math.inf), "steps guidance labels": (0, math.inf),
-                          "atol rtol": (1e-7, 1), "eta": (0, 1), "seed": (0, 2**63 - 1),
-                          "task": ["draw", "interpolate", "reconstruct", "likelihood"]})
-    checkpoint = load_checkpoint(Path(out_dir, "ckpt.pt"))
-    if checkpoint["method"] not in ("ddpm", "cfm"):
-        fail(f"{Path(out_dir, 'ckpt.pt')} is of another method: {checkpoint['method']}")
-    script, is_ddpm = importlib.import_module(checkpoint["method"]), checkpoint["method"] == "ddpm"
-    config = configure(dict(vars(script)), script.LIMITS, [], checkpoint["config"])  # newer options: defaults
-    with explained(f"{Path(out_dir, 'ckpt.pt')} is of another version of this program: "):
-        model = UNet(**checkpoint["model_args"]).eval().requires_grad_(False)
-        model = model.to(memory_format=torch.channels_last)
-        model.load_state_dict(checkpoint["ema" if ema else "model"])
-        num_classes, (C, H, W) = checkpoint["model_args"]["num_classes"], checkpoint["picture_shape"]
+# ---- the command ----
 
-    auto, real = sampler == "auto", task in ("reconstruct", "likelihood")
-    if auto:
-        sampler = {"reconstruct": "rk4", "likelihood": "dopri5"}.get(task, config["sampler"])
-    if sampler not in script.LIMITS["sampler"]:
-        fail(f"--sampler={sampler} is not for {script.METHOD}, choose {' or '.join(script.LIMITS['sampler'])}")
-    if real and sampler not in [*TABLEAUS, "dopri5"]:
-        fail(f"--sampler={sampler} cannot be run backwards, choose {' or '.join([*TABLEAUS, 'dopri5'])}")
+def check_request(config, is_ddpm, num_classes, auto):
+    """Calls fail() where the options, which are globals, do not go together or with the run's config."""
+    from configurator import fail
+
+    real = task in ("reconstruct", "likelihood")
+    if real and sampler not in REVERSIBLE:
+        fail(f"--sampler={sampler} cannot be run backwards, choose {' or '.join(REVERSIBLE)}")
     if sampler == "ancestral" and steps not in (0, config["n_steps"]):
         fail(f"--steps={steps}: ancestral sampling takes all {config['n_steps']} steps, "
              "--sampler=ddim any number")
     if is_ddpm and steps > config["n_steps"]:
         fail(f"--steps={steps}: the run has only {config['n_steps']}")
+    if sampler == "dopri5" and steps:
+        fail(f"--steps={steps}: dopri5 takes as many as --atol and --rtol need")
     if eta and sampler != "ddim":
         fail(f"--eta={eta} goes with --sampler=ddim, not with {sampler}")
     if eta and not is_ddpm and (config["path"] != "icfm" or config["sigma"]):
         fail(f"--eta={eta}: the noise to renew is independent of the data only for --path=icfm and --sigma=0")
     if task == "likelihood" and is_ddpm and (not auto or steps):
         fail("--task=likelihood of ddpm is the bound, over all its steps: leave out --sampler and --steps")
-    if sampler == "dopri5" and steps:
-        fail(f"--steps={steps}: dopri5 takes as many as --atol and --rtol need")
-    if exact and (task != "likelihood" or is_ddpm):
-        fail("--exact goes with --task=likelihood of cfm")
     if task == "likelihood" and save != "auto":
         fail(f"--save={save}: a likelihood is printed, not saved")
+    if exact and (task != "likelihood" or is_ddpm):
+        fail("--exact goes with --task=likelihood of cfm")
     if labels and real:
         fail(f"--labels: to {task} held-out pictures, their own labels are used")
     if labels and max(labels) >= num_classes:
         known = f"0 to {num_classes - 1}" if num_classes else "none"
         fail(f"--labels: there is no {max(labels)}, the model has {known}")
-    if guidance != 1 and (real or not num_classes or not config["label_dropout"]):
-        fail(f"--guidance={guidance}: " + ("the flow is that of the model as it is" if real else
-             "the model was trained without labels, so it has nothing to be guided by" if not num_classes else
-             "the model was trained with --label_dropout=0, so it knows no picture without a label"))
-    config |= {"sampler": sampler, "task": task}
+    if guidance != 1 and real:
+        fail(f"--guidance={guidance}: the flow is that of the model as it is")
+    if guidance != 1 and not num_classes:
+        fail(f"--guidance={guidance}: the model was trained without labels, so it has nothing to be guided by")
+    if guidance != 1 and not config["label_dropout"]:
+        fail(f"--guidance={guidance}: the model was trained with --label_dropout=0, so it knows no picture "
+             "without a label")
+    if len(guidance_interval) != 2 or guidance_interval[0] > guidance_interval[1]:
+        fail(f"--guidance_interval={guidance_interval}: must be two times, such as 0.2,0.8")
+    if guidance_interval != (0, 1) and (guidance == 1 or sampler in ("dopri5", "ancestral")):
+        fail("--guidance_interval goes with a --guidance, and not with dopri5 or ancestral sampling")
+    if Path(save).suffix == ".gif" and (task != "draw" or sampler in ("dopri5", "ancestral")):
+        fail(f"--save={save}: a .gif has a frame a step, so it goes with --task=draw and not with "
+             "dopri5 or ancestral sampling")
+
+
+def claim(path):
+    """Calls fail() unless the path can be written to and nothing there would be lost: before hours of work."""
+    import tempfile
+
+    from configurator import explained, fail
+
+    with explained(f"--save={path}: "):
+        taken = path.is_dir() and (path.suffix or any(path.iterdir()))
+        if path.suffix not in (".png", ".gif", ".npz", "") or taken:
+            fail(f"--save={path}: must end in .png, .gif or .npz, or else be a new or empty folder without a dot")
+        folder = path.parent if path.suffix else path
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+def save_gif(file, frames, seconds=3.0):
+    """An animation of frames, (N, C, H, W) in [-1, 1] each, in a grid; the last one stays a while."""
+    from torchvision.transforms.functional import to_pil_image
+    from torchvision.utils import make_grid
+
+    grids = [make_grid(x, nrow=10, normalize=True, value_range=(-1, 1), padding=0) for x in frames]
+    pictures = [to_pil_image(grid).quantize(32) for grid in grids]       # few colours make a small file
+    pause = 1000 * seconds / len(pictures)                               # milliseconds
+    pictures[0].save(file, format="gif", save_all=True, append_images=pictures[1:], loop=0,
+                     duration=[pause] * (len(pictures) - 1) + [2000])
+
+
+class Draws:
+    """Random numbers for pictures by their numbers, a generator each: the batch makes no difference."""
+
+    def __init__(self, numbers, shape, device):
+        self.numbers, self.shape, self.device = numbers, shape, device
+        self.sources = [torch.Generator().manual_seed(hash((seed, n))) for n in numbers]
+
+    def randn(self, like=None):
+        """Normal draws (B, *shape); samplers call it with a tensor of this shape."""
+        return torch.stack([torch.randn(self.shape, generator=source) for source in self.sources]).to(self.device)
+
+    def rand(self):
+        """Uniform draws (B, *shape)."""
+        return torch.stack([torch.rand(self.shape, generator=source) for source in self.sources]).to(self.device)
+
+    def between(self):
+        """Noise (B, *shape) that goes in ten pictures from one to another, and then from a third to a fourth."""
+        noise = []
+        for n in self.numbers:
+            ends = [torch.Generator().manual_seed(hash((seed, n // 10, end))) for end in (0, 1)]
+            a, b = [torch.randn(self.shape, generator=end) for end in ends]
+            noise.append(slerp(a, b, n % 10 / 9))
+        return torch.stack(noise).to(self.device)
+
+
+def to_bytes(x):
+    """Pictures (B, C, H, W) in [-1, 1] as uint8 (B, H, W, C), on the CPU."""
+    return (x * 127.5 + 127.5).round().clip(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+if __name__ == "__main__":
+    import importlib
+
+    import numpy as np
+    from PIL import Image
+    from torchvision.utils import save_image
+
+    from configurator import TRAINING, Options, configure, explained, fail, say
+    from core.data import load_data
+    from core.machine import choose_machine
+    from core.run import atomic_write, catch_stop_signals, load_checkpoint
+    from unet import UNet
+
+    configure(globals(), LIMITS)
+    ckpt_path = Path(out_dir, "ckpt.pt")
+    checkpoint = load_checkpoint(ckpt_path)
+    if checkpoint["method"] not in ("ddpm", "cfm"):
+        fail(f"{ckpt_path} is of another method: {checkpoint['method']}")
+    is_ddpm = checkpoint["method"] == "ddpm"
+    script = importlib.import_module(checkpoint["method"])
+    config = Options(vars(script), TRAINING | script.LIMITS).restored(checkpoint["config"])
+    if not ema and not checkpoint["model"]:
+        fail(f"{ckpt_path} holds the averaged weights only")
+    with explained(f"{ckpt_path} is of another version of this program: "):
+        model = UNet(**checkpoint["model_args"]).eval().requires_grad_(False)
+        model = model.to(memory_format=torch.channels_last)
+        model.load_state_dict(checkpoint["ema" if ema else "model"])
+        num_classes, (C, H, W) = checkpoint["model_args"]["num_classes"], checkpoint["picture_shape"]
+
+    # what is asked for, and whether it can be had
+    auto, real = sampler == "auto", task in ("reconstruct", "likelihood")
+    if auto:
+        sampler = {"reconstruct": "rk4", "likelihood": "dopri5"}.get(task, config["sampler"])
+    if sampler not in script.LIMITS["sampler"]:
+        fail(f"--sampler={sampler} is not for {script.METHOD}, choose {' or '.join(script.LIMITS['sampler'])}")
+    check_request(config, is_ddpm, num_classes, auto)
     with explained():
-        script.build(None, config, "cpu")
+        check_sampler(sampler, script.build(None, config))
     steps = steps or (20 if real else min(config["sample_steps"], config.get("n_steps", math.inf)))
     device, _, _ = choose_machine(device)
-    if real or sampler == "dopri5":                                     # their errors are smaller than TF32's
+    if real or sampler == "dopri5":                          # their errors are smaller than TF32's
         torch.backends.cudnn.allow_tf32 = False
         torch.set_float32_matmul_precision("highest")
     save = Path(out_dir, f"{'samples' if task == 'draw' else task}.png") if save == "auto" else Path(save)
-    with explained(f"--save={save}: "):
-        if save.suffix not in (".png", ".npz", "") or save.is_dir() and (save.suffix or any(save.iterdir())):
-            fail(f"--save={save}: must end in .png or .npz, or else be a new or empty folder without a dot")
     with explained(f"--n_samples={n_samples}: "):
-        pictures = np.empty((n_samples, H, W, C), np.uint8)                   # before hours of drawing, too
+        pictures = np.empty((n_samples, H, W, C), np.uint8)
     if real:
         with explained(f"the data of the run, {config['dataset']}: "):
             _, (x_val, y_val) = load_data(config["dataset"], config["data_dir"], config["image_size"])
@@ -346,89 +484,97 @@ if __name__ == "__main__":
             fail(f"--n_samples={n_samples}: only {len(x_val)} pictures are held out")
         y = y_val[:n_samples] if num_classes else torch.full((n_samples,), -1)
     else:
-        per_label = 10 if task == "interpolate" else 1
-        y = torch.tensor((labels or range(num_classes)) if num_classes else [-1])
-        y = y.repeat_interleave(per_label).repeat(-(-n_samples // (len(y) * per_label)))[:n_samples]
+        in_a_row = 10 if task == "interpolate" else 1
+        y = torch.tensor((labels or range(num_classes)) if num_classes else [-1]).repeat_interleave(in_a_row)
+        y = y.repeat(-(-n_samples // len(y)))[:n_samples]
     if task != "likelihood":
-        with explained(f"--save={save}: "):
-            folder = save.parent if save.suffix else save
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()                        # before hours of drawing
+        claim(save)
+
     method = script.build(model.to(device), config, device)
-    bound = task == "likelihood" and is_ddpm
-    how = ("the bound, all steps" if bound else "ancestral, all steps" if sampler == "ancestral" else
+    evaluations, told = 0, time.monotonic()
+
+    def count(*_):
+        """Is called at each evaluation of the model."""
+        global evaluations, told
+        evaluations += 1
+        if time.monotonic() - told > 10:
+            say(f"{evaluations} evaluations of the model so far")
+            told = time.monotonic()
+
+    model.register_forward_hook(count)
+    by_bound = task == "likelihood" and is_ddpm
+    how = ("the bound, all steps" if by_bound else "ancestral, all steps" if sampler == "ancestral" else
            f"dopri5, atol {atol}, rtol {rtol}" if sampler == "dopri5" else f"{sampler}, {steps} steps")
     say(f"{task} {n_samples} pictures by {script.METHOD}, iteration {checkpoint['iteration']}: {how}, "
         f"guidance {guidance}, on {device}")
 
-    asked = stop_signals()
-    bits, spent, start = [], [], time.time()
+    requested, start = catch_stop_signals(), time.monotonic()
+    options = {"atol": atol, "rtol": rtol} if sampler == "dopri5" else {}
+    bits, frames, most = [], [], 0
     for i in range(0, n_samples, batch_size):
-        numbers, label = range(n_samples)[i:i + batch_size], y[i:i + batch_size].to(device)
-        sources = [torch.Generator().manual_seed(hash((seed, n))) for n in numbers]     # one for each picture
-
-        def randn(x):
-            return torch.stack([torch.randn(x.shape[1:], generator=source) for source in sources]).to(device)
-
-        x = (x_val[i:i + len(label)].float() if real else torch.empty(len(label), C, H, W)).to(device)
-        with explained(kind=FloatingPointError):                              # dopri5 that cannot go on
-            if bound:
-                bits.append(torch.stack(method.bound(x / 127.5 - 1, label, randn)))
-                spent.append(method.n_steps)
+        label = y[i:i + batch_size].to(device)
+        draws = Draws(range(i, i + len(label)), (C, H, W), device)
+        evaluations = 0
+        if real:
+            x = x_val[i:i + len(label)].to(device).float()
+        if sampler in ("ddim", "ancestral"):
+            options["randn"] = draws.randn
+        if sampler == "ddim":
+            options["eta"] = eta
+        with explained(kind=FloatingPointError):             # dopri5 that cannot go on
+            if by_bound:
+                bits.append(torch.stack(bound(method, x / 127.5 - 1, label, draws.randn)))
             elif task == "likelihood":
-                u = torch.stack([torch.rand(C, H, W, generator=source) for source in sources]).to(device)
-                probe = None if exact else randn(x).sign()
-                nats, evaluations = log_likelihood(method, (x + u - 0.5) / 127.5 - 1, label, steps, sampler,
-                                                   atol, rtol, probe)
-                # a level is 1 / 127.5 wide: its log-probability is at least its mean log-density - log(127.5)
+                u = draws.rand()                             # spreads each level over its width, 1 / 127.5
+                probe = None if exact else draws.randn().sign()
+                nats = log_likelihood(method, (x + u - 0.5) / 127.5 - 1, label, sampler, steps, probe, **options)
+                # a level's log-probability is at least its mean log-density less log(127.5)
                 bits.append(math.log2(127.5) - nats[None].cpu() / (C * H * W * math.log(2)))
-                spent.append(evaluations)
             else:
-                noise = randn(x)
-                if task == "reconstruct":
-                    noise = encode(method, x / 127.5 - 1, label, steps, sampler, atol, rtol)
-                if task == "interpolate":                               # ten pictures from an end to the next
-                    seeds = [[hash((seed, n // 10, end)) for end in (0, 1)] for n in numbers]
-                    ends = [[torch.randn(C, H, W, generator=torch.Generator().manual_seed(s)) for s in pair]
-                            for pair in seeds]
-                    noise = [slerp(a, b, n % 10 / 9) for n, (a, b) in zip(numbers, ends)]
-                    noise = torch.stack(noise).to(device)
-                x, evaluations = draw(method, noise, label, steps, sampler, guidance, eta, clip and not real,
-                                      atol, rtol, randn)
-                spent.append(evaluations)
-                x = (x * 127.5 + 127.5).round().clip(0, 255).byte()
-                pictures[i:i + batch_size] = x.permute(0, 2, 3, 1).cpu().numpy()
-                for n, picture in zip(numbers, pictures[i:i + batch_size] if save.suffix == "" else []):
-                    with explained(f"--save={save}: ", OSError):
-                        Image.fromarray(picture.squeeze(2) if C == 1 else picture).save(save / f"{n:06d}.png")
-        done = i + len(label)
-        if asked and done < n_samples:
+                noise = draws.between() if task == "interpolate" else draws.randn()
+                if real:
+                    noise = encode(method, x / 127.5 - 1, label, sampler, steps, **options)
+                way = []
+                watch = (lambda tau, z: way.append(z.cpu())) if save.suffix == ".gif" else None
+                x = draw(method, noise, label, sampler, steps, guidance, clip and not real,
+                         guidance_interval, watch, **options)
+                if watch:
+                    frames.append([*way, x.cpu()])
+                pictures[i:i + batch_size] = to_bytes(x)
+                if save.suffix == "":
+                    for n, picture in enumerate(pictures[i:i + batch_size], i):
+                        with explained(f"--save={save}: ", OSError):
+                            Image.fromarray(picture.squeeze(2) if C == 1 else picture).save(save / f"{n:06d}.png")
+        most, done = max(most, evaluations), i + len(label)
+        if done < n_samples and requested:
             say(f"stopped after {done} of {n_samples}")
             n_samples = done
             break
         if done < n_samples:
-            left = (time.time() - start) / done * (n_samples - done) / 60
+            left = (time.monotonic() - start) / done * (n_samples - done) / 60
             say(f"{done} done, {left:.1f} min left")
     pictures, y = pictures[:n_samples], y[:n_samples]
-    took = f"{time.time() - start:.1f} s, {max(spent)} evaluations of the model"
+    took = f"{time.monotonic() - start:.1f} s, {most} evaluations of the model"
+    code = 128 + requested[0] if requested else 0
 
     if task == "likelihood":
-        bits = torch.cat(bits, 1)                                             # (terms, n_samples)
+        bits = torch.cat(bits, 1)                            # (terms, n_samples)
         names = "L_T", "KL of the steps between", "L_0"
-        terms = [f"{name} {term:.4f}" for name, term in zip(names, bits.mean(1))]
+        terms = ", of " + " + ".join(f"{name} {term:.4f}" for name, term in zip(names, bits.mean(1)))
         error = f" +- {bits.sum(0).std() / math.sqrt(n_samples):.4f}" if n_samples > 1 else ""
-        print(f"at most {bits.sum(0).mean():.4f}{error} bits/dim (mean of {n_samples} held-out pictures, "
-              "and its error)" + (f", of {' + '.join(terms)}" if bound else "") + f"; {took}")
-        raise SystemExit(128 + asked[0] if asked else 0)
+        say(f"at most {bits.sum(0).mean():.4f}{error} bits/dim (mean of {n_samples} held-out pictures, "
+            f"and its error){terms if by_bound else ''}; {took}")
+        raise SystemExit(code)
     if task == "reconstruct":
         gap = pictures - x_val[:n_samples].permute(0, 2, 3, 1).numpy().astype(float)
-        print(f"restored to {np.sqrt((gap**2).mean()):.3f} of 255 grey levels (rms), "
-              f"{abs(gap).max():.0f} at worst")
-    if save.suffix:                                                           # else they are there already
-        with explained(f"--save={save}: ", OSError), whole(save) as f:
+        say(f"restored to {np.sqrt((gap**2).mean()):.3f} of 255 grey levels (rms), {abs(gap).max():.0f} at worst")
+    if save.suffix:                                          # else they are there already
+        with explained(f"--save={save}: ", OSError), atomic_write(save) as f:
             if save.suffix == ".png":
                 save_image(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255, f, nrow=10, format="png")
+            elif save.suffix == ".gif":
+                save_gif(f, [torch.cat(parts) for parts in zip(*frames)])
             else:
                 np.savez(f, pictures, *([y.numpy()] if num_classes else []))     # named arr_0, arr_1 by numpy
-    print(f"{took}: {save}")
-    raise SystemExit(128 + asked[0] if asked else 0)
+    say(f"{took}: {save}")
+    raise SystemExit(code)

@@ -1,0 +1,125 @@
+"""What a run computes on: device, precision, torch.compile, and the processes that torchrun starts."""
+import contextlib
+import ctypes
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
+
+from configurator import fail, say
+
+
+def choose_machine(device="auto", dtype="auto", compile="auto"):
+    """
+    (device, dtype, compile) with "auto" decided; calls fail() if the device cannot be used.
+
+    Under torchrun each process gets its own GPU. On CUDA, what stays float32 may use TF32.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = str(torch.zeros(1, device=device).device)
+    except (RuntimeError, AssertionError) as e:
+        fail(f"--device={device} cannot be used here ({str(e).splitlines()[0]})")
+    cuda = device.startswith("cuda")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    else:
+        keep_freed_memory()
+    if dtype == "auto":
+        native_bfloat16 = cuda and torch.cuda.get_device_capability()[0] >= 8
+        dtype = "bfloat16" if native_bfloat16 else "float16" if cuda else "float32"
+    return device, dtype, cuda if compile == "auto" else compile
+
+
+def keep_freed_memory():
+    """Ask glibc to keep large freed blocks: to return and fetch them costs a fifth of a training step."""
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+    with contextlib.suppress(OSError, AttributeError):      # no glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        if mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25):    # the most of old glibc
+            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+class Processes:
+    """The processes of a run: this one's rank, their number world_size, and what they do together."""
+
+    def __init__(self, rank=0, world_size=1, group=None):
+        self.rank, self.world_size = rank, world_size
+        self.group = group               # for tensors on the CPU
+        self.is_main = rank == 0         # the one that writes and speaks
+
+    @contextlib.contextmanager
+    def main_first(self):
+        """The main process does the block alone, a download say; then the others do, and find it done."""
+        if not self.is_main:
+            dist.barrier(self.group)
+        yield
+        if self.is_main and self.world_size > 1:
+            dist.barrier(self.group)
+
+    def maximum(self, number):
+        """The largest of all processes' integers."""
+        if self.world_size == 1:
+            return number
+        number = torch.tensor(number)
+        dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group)
+        return number.item()
+
+    def average(self, tensor):
+        """Replace the tensor by its mean over all processes."""
+        if self.world_size > 1:
+            mean = tensor.cpu() / self.world_size
+            dist.all_reduce(mean, group=self.group)
+            tensor.copy_(mean)
+
+    def exit(self, code):
+        """End the process when all processes are done."""
+        if self.world_size > 1:
+            dist.barrier(self.group)     # the main process may still be drawing
+            os._exit(code)               # taking down gloo's threads one by one sometimes aborts the process
+        sys.exit(code)
+
+
+def init_distributed(device):
+    """
+    The Processes that torchrun started, or this one alone.
+
+    From then on a process that loses another one says so in a line, and ends.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size == 1:
+        return Processes()
+
+    def hook(kind, e, trace):
+        if issubclass(kind, RuntimeError) and ("gloo" in str(e) or "NCCL" in str(e)):
+            say(f"another process of this run has ended, and so does process {rank}; "
+                f"what was saved is whole ({str(e).splitlines()[0][:100]})", file=sys.stderr)
+            os._exit(1)                  # without waiting for the other one
+        sys.__excepthook__(kind, e, trace)
+
+    dist.init_process_group("nccl" if "cuda" in device else "gloo")
+    sys.excepthook = hook                # replaces the one that init_process_group() sets
+    return Processes(rank, world_size, dist.new_group(backend="gloo"))
+
+
+@torch.no_grad()
+def count_flops(model, **inputs):
+    """Floating-point operations of model(**inputs), two for a multiplication and addition; None if unknown."""
+    try:
+        with FlopCounterMode(display=False) as counter:
+            model(**inputs)
+    except Exception:                    # a model may do what the counter cannot follow
+        return None
+    return counter.get_total_flops() or None
+
+
+def describe_model(model, **inputs):
+    """A line about its size, the inputs being one picture's."""
+    line, flops = f"{sum(p.numel() for p in model.parameters()):,} parameters", count_flops(model, **inputs)
+    return f"{line}, {flops / 1e6:.1f} MFLOP a picture in a forward pass" if flops else line

@@ -1,0 +1,257 @@
+"""The folder of a training run: its lock, checkpoints, log and pictures; and the signals that end it."""
+import contextlib
+import io
+import math
+import os
+import secrets
+import shutil
+import signal
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import torch
+from torchvision.utils import save_image
+
+from configurator import explained, fail, say
+
+COLUMNS = "iteration,loss,learning_rate,pictures_per_s,held_out,quarter1,quarter2,quarter3,quarter4"
+CONTENT = {"method": str, "config": dict, "model_args": dict, "picture_shape": tuple, "iteration": int,
+           "losses": torch.Tensor, "model": dict, "ema": dict, "optimizer": dict, "scaler": dict}
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """A file for bytes that takes its place at path when all are written, or not at all. Makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")   # another one for each writer
+    try:
+        with open(temporary, "xb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def survive_disk_errors(path):
+    """A full disk or a folder that is gone does not end a run: a line says what could not be written."""
+    try:
+        yield
+    except OSError as e:
+        say(f"could not write {path} ({e.strerror or e}), going on", file=sys.stderr)
+
+
+def backup_path(path):
+    """Where the checkpoint before the one at path is kept."""
+    return path.with_stem(f"{path.stem}-previous")
+
+
+def holds_a_run(folder):
+    """Is there a checkpoint in the folder?"""
+    return any(Path(folder).glob("ckpt*.pt"))
+
+
+def require_no_run(folder):
+    """Calls fail() if there is a checkpoint in the folder."""
+    with explained(f"--out_dir={folder}: "):
+        if holds_a_run(folder):
+            fail(f"{folder} holds a run: go on by --init_from=resume, or add --overwrite or another --out_dir")
+
+
+def save_checkpoint(path, **content):
+    """Write tensors and plain values, whole or not at all; what was there becomes backup_path(path)."""
+    buffer = io.BytesIO()                            # torch.save() to a full disk does worse than raise
+    torch.save(content, buffer)
+    with atomic_write(path) as f:
+        f.write(buffer.getbuffer())
+        f.flush()
+        os.fsync(f.fileno())                         # only now may the older one be given up
+        if path.exists():
+            kept = Path(f"{backup_path(path)}.tmp")
+            kept.unlink(missing_ok=True)
+            try:
+                os.link(path, kept)                  # not moved: at no moment is there none at path
+            except OSError:                          # a file system without hard links
+                shutil.copyfile(path, kept)
+            os.replace(kept, backup_path(path))
+
+
+def load_checkpoint(path, method=None):
+    """
+    What save_checkpoint() wrote, on the CPU. Nothing in the file is executed.
+
+    Calls fail() if it is not a whole checkpoint, or one of another method.
+    """
+    try:
+        if damaged := zipfile.ZipFile(path).testzip():              # torch.load() checks no checksums
+            raise ValueError(f"{damaged} is damaged")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if type(checkpoint) is not dict or not all(isinstance(checkpoint.get(name), kind)
+                                                   for name, kind in CONTENT.items()):
+            raise ValueError("it is another program's")
+    except Exception as e:                           # a damaged file raises almost anything
+        message = f"there is no whole checkpoint {path} ({' '.join(str(e).split())[:100]})"
+        backup = backup_path(path)
+        fail(f"{message}; to take the one before it: mv {backup} {path}" if backup.exists() else message)
+    if checkpoint["method"] != (method or checkpoint["method"]):
+        fail(f"{path} is a run of {checkpoint['method']}.py: resume it with that, or choose --out_dir")
+    return checkpoint
+
+
+def catch_stop_signals():
+    """
+    A list to which Ctrl-C, SIGTERM and a closed terminal from now on append their numbers.
+
+    The second signal of a kind ends the process. Under nohup a closed terminal does not count.
+    """
+    def ask(number, frame):
+        signal.signal(number, signal.SIG_DFL)
+        requested.append(number)
+        if os.environ.get("RANK", "0") == "0":
+            with contextlib.suppress(OSError):       # not print(): this may interrupt another print()
+                os.write(2, b"stopping when the work at hand is done; a second signal stops at once\n")
+
+    requested = []
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)         # Windows has no SIGHUP
+        if number is not None and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+            signal.signal(number, ask)
+    return requested
+
+
+def lock(folder):
+    """A file that is locked as long as it is open; calls fail() if another run has locked it."""
+    file = open(Path(folder, ".lock"), "w")
+    with contextlib.suppress(ImportError, OSError):  # Windows, and network folders without locks
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"another run is writing to {folder}: let it end, or choose another --out_dir")
+    return file
+
+
+class Run:
+    """
+    A training run as its folder shows it. Every process has one; only that of the main process writes.
+
+    It starts, or is resumed, at an iteration; a run from scratch removes what an older one left. Calls fail()
+    if another run is writing to the folder, or has written to it since this one looked.
+    """
+
+    def __init__(self, out_dir, processes, iteration, max_iters, pictures_per_iter, resumed, overwrite):
+        self.folder = Path(out_dir)
+        self.checkpoint = self.folder / "ckpt.pt"
+        self.processes = processes
+        self.max_iters, self.pictures_per_iter = max_iters, pictures_per_iter
+        self.saved = iteration                       # of the newest checkpoint
+        self.signals = catch_stop_signals()
+        self.stopping = 0                            # the number of the signal that some process received
+        if processes.is_main:
+            with explained(f"--out_dir={out_dir}: "):
+                self.open_folder(iteration, resumed, overwrite)
+        self.start_clock(iteration)
+
+    def open_folder(self, iteration, resumed, overwrite):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(self.folder)
+        changed = (load_checkpoint(self.checkpoint)["iteration"] != iteration if resumed else
+                   holds_a_run(self.folder) and not overwrite)
+        if changed:
+            fail(f"another run has written to {self.folder} meanwhile: start again")
+        old = [*self.folder.glob("ckpt*.tmp"), *self.folder.glob("log*.tmp"), *self.folder.glob("sample-*.tmp")]
+        if not resumed:
+            old += [self.checkpoint, backup_path(self.checkpoint), *self.folder.glob("sample-*.png")]
+        for path in old:
+            path.unlink(missing_ok=True)
+        self.rows = [COLUMNS, *self.rows_until(iteration)] if resumed else [COLUMNS]
+        self.write_log()
+
+    def rows_until(self, iteration):
+        """The rows of an older log.csv, without those that are about to be written again."""
+        if not (self.folder / "log.csv").exists():
+            return []
+        rows = (self.folder / "log.csv").read_text(errors="replace").splitlines()
+        numbers = [row.split(",")[0] for row in rows]
+        return [row for row, n in zip(rows, numbers) if n.isdecimal() and int(n) <= iteration]
+
+    def write_log(self):
+        with atomic_write(self.folder / "log.csv") as f:
+            f.write("\n".join([*self.rows, ""]).encode())
+
+    def stop_requested(self):
+        """Was any process asked to stop? All of them get the same answer, so they stop together."""
+        self.stopping = self.processes.maximum(max(self.signals, default=0))
+        return bool(self.stopping)
+
+    def require_finite(self, iteration, losses, model):
+        """Where a loss or a weight is not finite, end the run and spare the checkpoint from before."""
+        weights = sum(p.detach().sum() for p in model.parameters())
+        if not math.isfinite(sum(losses) + weights):
+            fail(f"the loss or a weight is not finite at iteration {iteration}: try a smaller --learning_rate, "
+                 f"or --dtype=float32; {self.checkpoint}, if there is one, is from before that")
+
+    def say(self, text):
+        if self.processes.is_main:
+            say(text)
+
+    def start_clock(self, iteration):
+        """The next speed() is that from here on, so that evaluations do not count."""
+        self.clock, self.clocked = time.monotonic(), iteration
+
+    def speed(self, iteration):
+        """Pictures a second."""
+        pictures = (iteration - self.clocked) * self.pictures_per_iter
+        return pictures / max(1e-9, time.monotonic() - self.clock)
+
+    def log(self, iteration, loss, rate, speed, held_out, optimizer):
+        """A line on the screen, and a row of log.csv. rate is the learning rate; held_out five losses, or []."""
+        if not self.processes.is_main:
+            return
+        row = [f"{iteration},{loss:.6f},{rate:.3e},{speed:.0f}", *[f"{v:.6f}" for v in held_out or []]]
+        self.rows.append(",".join(row) + ",,,,," * (not held_out))
+        with survive_disk_errors(self.folder / "log.csv"):
+            self.write_log()
+        minutes = (self.max_iters - iteration) * self.pictures_per_iter / speed / 60
+        skipped = iteration - steps_taken(optimizer, iteration)
+        say(f"iteration {iteration} of {self.max_iters}: loss {loss:.4f}, {speed:.0f} pictures/s, "
+            f"{minutes:.1f} min left" + (f", {skipped} steps skipped" if skipped else ""))
+
+    def save_checkpoint(self, **content):
+        if not self.processes.is_main:
+            return
+        with survive_disk_errors(self.checkpoint):
+            save_checkpoint(self.checkpoint, **content)
+            self.saved = content["iteration"]
+
+    def save_grid(self, iteration, pictures, held_out):
+        """pictures (N, C, H, W) in [-1, 1], ten to a row; held_out: five losses, for the line that is said."""
+        if not self.processes.is_main:
+            return
+        png = self.folder / f"sample-{iteration}.png"
+        with survive_disk_errors(png), atomic_write(png) as f:
+            save_image(pictures, f, nrow=10, normalize=True, value_range=(-1, 1), format="png")
+        say("held-out loss {:.4f}, by quarter of t {:.4f} {:.4f} {:.4f} {:.4f}; ".format(*held_out)
+            + f"drew {png.name}")
+
+    def finish(self, iteration):
+        """End the process. The exit code is 0, or 128 and the signal's number, or 1 if the end was not saved."""
+        code = 128 + self.stopping if self.stopping else 0
+        if self.processes.is_main and self.saved < iteration:
+            say(f"the end, iteration {iteration}, could not be saved: {self.checkpoint}, if there, is older",
+                file=sys.stderr)
+            code = 1
+        elif iteration < self.max_iters:
+            self.say(f"stopped, and saved at iteration {iteration}: "
+                     f"go on by --init_from=resume --out_dir={self.folder}")
+        self.processes.exit(code)
+
+
+def steps_taken(optimizer, default):
+    """AdamW's own count of its steps: it leaves out those that were skipped as a float16 gradient overflowed."""
+    return max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=default)
