@@ -1,17 +1,18 @@
 """
-Conditional flow matching in one file: Lipman et al. 2022 (arXiv 2210.02747), Tong et al. 2023 (2302.00482).
+Conditional flow matching in one file: Lipman et al. 2022 (arXiv 2210.02747) and Tong et al. 2023
+(arXiv 2302.00482).
 
     python cfm.py                                              # MNIST, ten epochs; watch out/cfm
     python cfm.py --sigma=0.1 --batch_size=128                 # any option below; --help lists them
-    python cfm.py --dataset=path/to/pictures --image_size=64   # your own, labelled by their subfolders
+    python cfm.py --dataset=path/to/pictures --image_size=64   # your own, labelled by subfolders
     python cfm.py --init_from=resume                           # go on where a run was stopped
     torchrun --standalone --nproc_per_node=4 cfm.py            # on four GPUs
 
-Noise x0, at t = 0, flows to data x1, at t = 1, along dx/dt = v(t, x). The path from one x0 to one x1 is
-ours to choose: a straight line, of velocity x1 - x0. A model trained to predict that, for all pairs,
-learns the mean velocity of the lines that pass through x at t, since a mean is what has the smallest
-squared error. The flow of that mean carries noise to the distribution of the data.
-docs/mathematics.md derives all of it.
+Noise x0, at t = 0, flows to data x1, at t = 1, along dx/dt = v(t, x). The path from one x0 to one
+x1 is ours to choose: a straight line, of velocity x1 - x0. A model that predicts this for all
+pairs learns the mean velocity of the lines through x at t, for a mean has the smallest squared
+error. The flow along that mean carries noise to the distribution of the data.
+docs/mathematics.md derives it all.
 """
 import copy
 import math
@@ -21,66 +22,67 @@ import torch
 
 # -----------------------------------------------------------------------------
 # output
-eval_interval = 938       # iterations between evaluations, each with a grid and a checkpoint; an epoch of MNIST
-log_interval = 100        # iterations between log lines
+eval_interval = 938       # iterations from one evaluation, grid and checkpoint to the next: an epoch
+log_interval = 100        # iterations from one log line to the next
 init_from = "scratch"     # or "resume": continue the run in out_dir, under its own options
 overwrite = False         # let a run from scratch replace the one in out_dir
 # data
-dataset = "mnist"         # mnist, fashion_mnist, cifar10, synthetic, a folder of pictures, or an .npz file
+dataset = "mnist"         # or fashion_mnist, cifar10, synthetic, a folder of pictures, an .npz file
 data_dir = "data"         # where downloads are kept
 image_size = 0            # side to bring pictures to; 0: as they are
 flip = False              # mirror pictures at random: never for digits
 conditional = True        # learn the labels, if there are any; false: unconditional
-label_dropout = 0.02      # share of labels hidden in training: guidance needs the unconditional model too
+label_dropout = 0.02      # share of labels hidden in training, so that guidance is possible
 # model, see unet.py
 channels = 24             # width of the first level
-channel_mults = (1, 2)    # width of each level, in multiples of channels; every level halves the resolution
+channel_mults = (1, 2)    # width of each level as a multiple of that; each has half the resolution
 n_res_blocks = 1          # residual blocks a level
 attention_levels = (2,)   # levels with attention, from 0; the one after the last is the middle
 dropout = 0.0             # inside the residual blocks
-patch = 2                 # patch x patch pixels become channels first: 2 works at half the resolution
+patch = 2                 # patch x patch pixels become channels first: 2 works at half resolution
 # training
 batch_size = 64           # pictures a process takes at a time
 gradient_accumulation_steps = 1  # batches a process takes for one step of the optimizer
 max_iters = 9380          # steps of the optimizer: ten epochs of MNIST
-muon = True               # Muon for the kernels of convolutions, AdamW for the rest; false: AdamW for all
+muon = True               # Muon for kernels of convolutions, AdamW for the rest; false: AdamW alone
 learning_rate = 6e-3      # the largest, after the warm-up
-warmup_iters = 100        # the rate rises from 0 in a straight line
-decay_lr = True           # and falls to 0 in a straight line until max_iters; false: stays
+warmup_iters = 100        # the rate first rises from 0 in a straight line
+decay_lr = True           # then falls to 0 in a straight line until max_iters; false: stays
 weight_decay = 0.01       # decoupled, as in AdamW
-adam_beta2 = 0.99         # decay of AdamW's second moment; 0.999 in Kingma & Ba
+adam_beta2 = 0.99         # decay of AdamW's second moment; Kingma & Ba have 0.999
 grad_clip = 1.0           # largest norm of the gradient; 0: any
-ema_decay = 0.999         # of the averaged weights, which are used for sampling; rises to this from 0.1
+ema_decay = 0.999         # of the averaged weights, used for sampling; rises to this from 0.1
 # machine
 device = "auto"           # cuda, cuda:1, mps or cpu; auto: the first of them that is there
-dtype = "auto"            # float32, bfloat16, float16; auto: float32, on CUDA bfloat16 (old cards: float16)
-compile = "auto"          # torch.compile: true, false; auto: on CUDA
+dtype = "auto"            # float32, bfloat16 or float16; auto: on CUDA bfloat16 if the card has it
+compile = "auto"          # torch.compile: true or false; auto: on CUDA
 seed = 1337               # every draw is a function of seed, iteration and micro-batch
 # the method, and the grids drawn with it
 out_dir = "out/cfm"       # for checkpoints, grids and log.csv
 path = "icfm"             # from noise to data: icfm, ot, target, vp or sb, see the classes below
 sigma = 0.0               # width of the path around its mean; sb needs one, such as 0.5
-t_mean = -0.4             # times to train at are sigmoids of normal draws of this mean; below 0: more noise
+t_mean = -0.4             # training times are sigmoids of normal draws of this mean: 0 is noise
 t_uniform = 0.0           # but this share of a batch has uniform ones
-sampler = "dpm++"         # or ddim, for straight paths; euler, midpoint, heun, rk4, dopri5 for any: see sample.py
-sample_steps = 5          # midpoint and heun take 2 evaluations of the model each, rk4 takes 4
-guidance = 1.0            # 1: the conditional model as it is; 0: the unconditional; above 1: exaggerated labels
+sampler = "dpm++"         # or ddim, euler, midpoint, heun, rk4, dopri5: see sample.py
+sample_steps = 5          # midpoint and heun evaluate the model twice a step, rk4 four times
+guidance = 1.0            # 1: the conditional model; 0: the unconditional; above: exaggerated labels
 # -----------------------------------------------------------------------------
 METHOD = "cfm"
 
 
 class ConditionalFlowMatcher:
     """
-    I-CFM of Tong et al.: a path from x0 (noise) to x1 (data), p_t(x | x0, x1) = N(x; mu_t, sigma_t^2).
+    I-CFM of Tong et al.: a path p_t(x | x0, x1) = N(x; mu_t, sigma_t^2) from noise x0 to data x1.
 
-    Its mean goes straight, mu_t = t x1 + (1 - t) x0, and its width is constant, sigma_t = sigma. A Gaussian
-    path has the velocity
-        u_t(x | x0, x1) = sigma_t' / sigma_t (x - mu_t) + mu_t'            (Lipman et al., theorem 3),
+    Its mean goes straight, mu_t = t x1 + (1 - t) x0, and sigma_t = sigma. Any Gaussian path has
+    the velocity
+        u_t(x | x0, x1) = sigma_t' / sigma_t (x - mu_t) + mu_t'      (Lipman et al., theorem 3),
     of which mu_t' = x1 - x0 is left here.
 
-    Throughout, x0, x1, xt and ut are (B, *dim), and t is (B,) in [0, 1]. Raises ValueError for a sigma below 0.
+    Throughout, x0, x1, xt and ut are (B, *dim), and t is (B,) in [0, 1]. Raises ValueError for a
+    negative sigma.
     """
-    straight = True              # the path is a line, so that x_t and its velocity give data and noise
+    straight = True              # the path is a line, so a velocity tells both its ends
     margin = 0.0                 # how far training keeps away from t = 0 and t = 1
 
     def __init__(self, sigma=0.0):
@@ -98,7 +100,7 @@ class ConditionalFlowMatcher:
         return self.sigma
 
     def compute_lambda(self, t):
-        """Weight of a score model's loss beside this one (Tong et al. 2023, arXiv 2307.03672), like sigma_t."""
+        """Weight of the score's loss beside this one (Tong et al. 2023, arXiv 2307.03672)."""
         return 2 * self.compute_sigma_t(t) / (self.sigma**2 + 1e-8)
 
     def sample_noise_like(self, x):
@@ -107,22 +109,23 @@ class ConditionalFlowMatcher:
 
     def sample_xt(self, x0, x1, t, epsilon):
         """A point of the path at t, mu_t + sigma_t epsilon: (B, *dim)."""
-        return self.compute_mu_t(x0, x1, t) + expand_like(self.compute_sigma_t(t), x0) * epsilon
+        sigma_t = expand_like(self.compute_sigma_t(t), x0)
+        return self.compute_mu_t(x0, x1, t) + sigma_t * epsilon
 
     def compute_conditional_flow(self, x0, x1, t, xt):
         """Velocity u_t(xt | x0, x1) of the path, (B, *dim)."""
         return x1 - x0
 
     def pair(self, x0, x1, y=None):
-        """x0 in the order in which it goes with x1: here as it comes, since both are independent."""
+        """x0 in the order in which it goes with x1: here as it comes, both being independent."""
         return x0
 
     def sample_location_and_conditional_flow(self, x0, x1, t=None, return_noise=False, y=None):
         """
-        Where to evaluate the model and what it should say: (t, xt, ut), and epsilon if return_noise.
+        Where to evaluate the model, and what it should say: (t, xt, ut), or (t, xt, ut, epsilon).
 
-        Without t, times are uniform. Draws rand(B), then randn like x0 even if sigma is 0, so that one seed
-        gives what it gives in torchcfm.
+        Times are uniform unless given. Draws rand(B), then randn like x0, even if sigma is 0: under
+        one seed the numbers are those of torchcfm.
         """
         x0 = self.pair(x0, x1, y)
         t = torch.rand(x0.shape[0]).type_as(x0) if t is None else t
@@ -134,17 +137,18 @@ class ConditionalFlowMatcher:
 
 class ExactOptimalTransportConditionalFlowMatcher(ConditionalFlowMatcher):
     """
-    OT-CFM of Tong et al.: the same path, between pairs of the smallest sum of squared distances.
+    OT-CFM of Tong et al.: the same path, between the pairs of the smallest squared distances.
 
-    The flow becomes straighter. x0 is reordered and x1 stays, so that no picture is lost and labels stay
-    true. With labels y, pairs are formed within each class, or its noise would not be normal.
+    That makes the flow straighter. x0 is reordered and x1 stays, so no picture is lost and labels
+    stay true. With labels y, pairs are formed within each class, or its noise would not be normal.
     """
 
     def pair(self, x0, x1, y=None):
         try:
             from scipy.optimize import linear_sum_assignment
         except ImportError:
-            raise ImportError("optimal pairing of noise and data needs scipy: pip install scipy") from None
+            raise ImportError("optimal pairing of noise and data needs scipy: "
+                              "pip install scipy") from None
 
         y = torch.zeros(len(x0)) if y is None else y.cpu()
         order = torch.arange(len(x0))
@@ -166,11 +170,12 @@ class TargetConditionalFlowMatcher(ConditionalFlowMatcher):
         return 1 - (1 - self.sigma) * t
 
     def compute_conditional_flow(self, x0, x1, t, xt):
-        return (x1 - (1 - self.sigma) * xt) / (1 - (1 - self.sigma) * expand_like(t, x1))
+        sigma_t = 1 - (1 - self.sigma) * expand_like(t, x1)
+        return (x1 - (1 - self.sigma) * xt) / sigma_t
 
 
 class VariancePreservingConditionalFlowMatcher(ConditionalFlowMatcher):
-    """Albergo & Vanden-Eijnden 2022 (arXiv 2209.15571): a quarter of a circle, on which variance stays 1."""
+    """Albergo & Vanden-Eijnden 2022 (arXiv 2209.15571): a quarter of a circle around 0."""
     straight = False
 
     def compute_mu_t(self, x0, x1, t):
@@ -186,23 +191,25 @@ class SchrodingerBridgeConditionalFlowMatcher(ExactOptimalTransportConditionalFl
     """
     SB-CFM of Tong et al.: Brownian bridges, of variance sigma^2 t (1 - t), between optimal pairs.
 
-    Pairs are those of OT-CFM. Tong et al. draw them from an entropic plan, which for small sigma is nearly that.
+    The pairs are those of OT-CFM. Tong et al. draw them from an entropic plan.
     """
     straight = False
     margin = 1e-3                # sigma_t' is infinite at both ends
 
     def __init__(self, sigma=1.0):
         if sigma <= 0:
-            raise ValueError(f"a Schroedinger bridge needs a sigma above 0, such as 0.5, but it is {sigma}")
+            raise ValueError("a Schroedinger bridge needs a sigma above 0, such as 0.5, "
+                             f"but it is {sigma}")
         super().__init__(sigma)
 
     def compute_sigma_t(self, t):
         return self.sigma * torch.sqrt(t * (1 - t))
 
     def compute_conditional_flow(self, x0, x1, t, xt):
-        t_ = expand_like(t, x0)
-        growth = (1 - 2 * t_) / (2 * t_ * (1 - t_) + 1e-8)             # sigma_t' / sigma_t
-        return growth * (xt - self.compute_mu_t(x0, x1, t)) + x1 - x0
+        mu_t = self.compute_mu_t(x0, x1, t)
+        t = expand_like(t, x0)
+        growth = (1 - 2 * t) / (2 * t * (1 - t) + 1e-8)     # sigma_t' / sigma_t
+        return growth * (xt - mu_t) + x1 - x0
 
 
 PATHS = {
@@ -218,34 +225,35 @@ class VelocityField:
     """
     The model of a velocity, the loss that trains it, and the flow along it from noise to data.
 
-    v_model          is called as v_model(t=t, x=xt, y=y) and answers with a tensor like xt
-    matcher          a ConditionalFlowMatcher: the paths
-    t_mean, t_uniform  the times to train at, see draw_times(); by default uniform
+    v_model            is called as v_model(t=t, x=xt, y=y), and answers with a tensor like xt
+    matcher            a ConditionalFlowMatcher: the paths that it learns from
+    t_mean, t_uniform  the times to train at, see draw_times(); by default all are uniform
 
-    x, x0 and x1 are (B, *dim); t is (B,) in [0, 1]; labels y are long (B,), -1 for none, or None.
+    x0 and x1 are (B, *dim), t is (B,) in [0, 1]. Labels y are long (B,), -1 for none, or None.
     """
 
     def __init__(self, v_model, matcher, t_mean=0.0, t_uniform=1.0):
         self.v_model = v_model
         self.matcher = matcher
         self.straight = matcher.straight
-        self.t_mean, self.t_uniform = t_mean, t_uniform
+        self.t_mean = t_mean
+        self.t_uniform = t_uniform
 
     def loss(self, x1, y=None, noise=None, u=None):
-        """E |v(t, xt) - ut|^2, a scalar, for pictures x1. u (B,) in [0, 1) sets the times t = u."""
-        t = draw_times(len(x1), self.t_mean, self.t_uniform, x1.device) if u is None else u
-        t = t.clamp(self.matcher.margin, 1 - self.matcher.margin)
+        """E |v(t, xt) - ut|^2 for pictures x1 and noise like them. Times t are u, (B,) in [0, 1]."""
+        u = draw_times(len(x1), self.t_mean, self.t_uniform, x1.device) if u is None else u
+        t = u.clamp(self.matcher.margin, 1 - self.matcher.margin)
         x0 = self.matcher.sample_noise_like(x1) if noise is None else noise
         t, xt, ut = self.matcher.sample_location_and_conditional_flow(x0, x1, t, y=y)
         return (self.velocity(t, xt, y) - ut).square().mean()
 
     def velocity(self, tau, z, y=None, guidance=1.0, clip=False):
-        """dz / dtau at z (B, *dim) and tau (B,), which are the x and t of above. There is nothing to clip."""
+        """dz / dtau at z (B, *dim) and tau (B,): here x and t. clip is for ddpm.py's."""
         return classifier_free_guidance(self.v_model, tau, z, y, guidance)
 
     @torch.no_grad()
     def sample(self, noise, y=None, steps=100, guidance=1.0):
-        """Euler's method along dx/dt = v(t, x): pictures from noise (B, *dim), in steps of equal length."""
+        """Euler's method along dx/dt = v(t, x): pictures from noise (B, *dim), in even steps."""
         x, dt = noise, 1 / steps
         for i in range(steps):
             t = torch.full((len(x),), i * dt, device=x.device)
@@ -254,10 +262,11 @@ class VelocityField:
 
     def times(self, steps, even=False):
         """
-        The tau, in rising order, between which a sampler makes its steps, from 0 to 1.
+        The tau, in rising order, from each of which a sampler steps to the next: from 0 to 1.
 
-        They are u / (2 - u) for even u: steps are shorter at the noise, where shapes are decided (Esser et al.
-        2024, arXiv 2403.03206, section 5.3.2). With even they are even, for samplers that look ahead.
+        Steps are shorter at the noise, where shapes are decided: tau = u / (2 - u) for even u
+        (Esser et al. 2024, arXiv 2403.03206, section 5.3.2). With even, for samplers that look
+        ahead, tau is even.
         """
         if even:
             return [i / steps for i in range(steps + 1)]
@@ -265,14 +274,13 @@ class VelocityField:
 
 
 def build(model, config, device="cpu"):
-    """The method around a model of t in [0, 1], under the options of a run."""
+    """The method around a model of t in [0, 1], with the options of a run."""
     matcher = PATHS[config["path"]](config["sigma"])
     return VelocityField(model, matcher, config["t_mean"], config["t_uniform"])
 
 
-# the options that a run keeps for good, and what options may be: from the least to the most, or one of a list
-FIXED = ["path", "sigma"]
-LIMITS = {
+FIXED = ["path", "sigma"]                        # options that a run keeps for good
+LIMITS = {                                       # what options may be: (least, most), or a choice
     "path": list(PATHS),
     "sigma": (0, math.inf),
     "sampler": ["dpm++", "ddim", "euler", "midpoint", "heun", "rk4", "dopri5"],
@@ -290,29 +298,30 @@ def classifier_free_guidance(model, t, x, y, scale):
     """
     out(no label) + scale (out(label) - out(no label)), (B, *dim), in one call of the model.
 
-    Ho & Salimans 2022 (arXiv 2207.12598). At scale 1, or without labels, this is the model as it is.
+    Ho & Salimans 2022 (arXiv 2207.12598). At scale 1, or without labels, that is the model as it is.
     """
     if y is None or scale == 1:
         return model(t=t, x=x, y=y).float()
-    t, x, y = torch.cat([t, t]), torch.cat([x, x]), torch.cat([y, torch.full_like(y, -1)])
-    labelled, unlabelled = model(t=t, x=x, y=y).float().chunk(2)
+    no_label = torch.full_like(y, -1)
+    out = model(t=torch.cat([t, t]), x=torch.cat([x, x]), y=torch.cat([y, no_label])).float()
+    labelled, unlabelled = out.chunk(2)
     return unlabelled + scale * (labelled - unlabelled)
 
 
 def draw_times(n, mean, uniform, device="cpu"):
     """
-    n times in [0, 1]: a share of uniform ones, the others sigmoids of draws from N(mean, 1).
+    n times in [0, 1]: a share uniform of them is uniform, the others are sigmoids of N(mean, 1).
 
-    Esser et al. 2024 (arXiv 2403.03206), section 3.1: the middle of the way is the hardest to learn.
+    Esser et al. 2024 (arXiv 2403.03206), section 3.1: the middle of the way is hardest to learn.
     """
     k = round(uniform * n)
-    even = torch.rand(k, device=device)
+    flat = torch.rand(k, device=device)
     normal = mean + torch.randn(n - k, device=device)
-    return torch.cat([even, normal.sigmoid()])
+    return torch.cat([flat, normal.sigmoid()])
 
 
 def get_lr(it):
-    """The learning rate of iteration it: a warm-up from 0, then a straight line to 0 at max_iters."""
+    """The learning rate of iteration it: a warm-up, then a straight line to 0 at max_iters."""
     lr = learning_rate * min(1, (it + 1) / max(1, warmup_iters))
     return lr * (1 - it / max_iters) if decay_lr else lr
 
@@ -330,7 +339,12 @@ def get_batch(pictures, labels):
 
 
 def update_average(ema, model, it):
-    """Bring the averaged weights nearer to the latest. The average is short at first, or it would hold noise."""
+    """
+    Move the averaged weights towards the latest.
+
+    Single steps leave noise in the weights, and the average has less of it: it draws better
+    pictures. It is short at first, so as not to remember the weights that training started from.
+    """
     from torch.optim.swa_utils import get_ema_multi_avg_fn
 
     decay = min(ema_decay, (1 + it) / (10 + it))
@@ -342,7 +356,8 @@ def evaluate(method, x, y, noise, u):
     """
     Mean loss on x (N, C, H, W) with labels y (N,): over all times, then in each quarter of them.
 
-    The same noise (N, C, H, W) and u (N,), the place within the quarter, make evaluations comparable.
+    noise is like x, and u (N,) is where in the quarter. Both stay the same in all evaluations,
+    so that the losses can be compared.
     """
     torch.manual_seed(seed)
     quarters = []
@@ -354,11 +369,12 @@ def evaluate(method, x, y, noise, u):
 
 
 def sample_grid(method, noise, y):
-    """Pictures like noise (N, C, H, W), of labels y (N,), drawn as the options say."""
+    """Pictures like noise (N, C, H, W), of labels y (N,), by the sampler that the options name."""
     from sample import draw
 
     batches = zip(noise.split(batch_size), y.split(batch_size))
-    return torch.cat([draw(method, *batch, sampler, sample_steps, guidance) for batch in batches])
+    parts = [draw(method, *batch, sampler, sample_steps, guidance) for batch in batches]
+    return torch.cat(parts)
 
 
 def check_options(config):
@@ -374,7 +390,7 @@ def check_options(config):
     if guidance != 1 and not conditional:
         fail(f"--guidance={guidance}: without labels there is nothing to be guided by")
     if guidance != 1 and not label_dropout:
-        fail(f"--guidance={guidance} needs the unconditional model too, so a --label_dropout above 0")
+        fail(f"--guidance={guidance} needs the unconditional model: a --label_dropout above 0")
 
 
 ARCHITECTURE = ["channels", "channel_mults", "n_res_blocks", "attention_levels", "dropout", "patch"]
@@ -387,7 +403,7 @@ if __name__ == "__main__":
     from core.run import Run, load_checkpoint, require_no_run
     from unet import Muon, UNet
 
-    # The options are the defaults, or those of the run that goes on, and over them the command line.
+    # Options: the defaults, or those of the run that goes on, and over them the command line.
     config, checkpoint = configure(globals(), TRAINING | LIMITS), None
     if init_from == "resume":
         checkpoint = load_checkpoint(Path(out_dir, "ckpt.pt"), METHOD)
@@ -396,13 +412,18 @@ if __name__ == "__main__":
         require_no_run(out_dir)
     check_options(config)
 
-    # The machine, and the other processes if torchrun started some. Weights stay float32 under autocast.
+    # The machine, and the other processes if torchrun started some.
     device, dtype, compile = choose_machine(device, dtype, compile)
-    autocast = torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled=dtype != "float32")
     processes = init_distributed(device)
     rank, world_size = processes.rank, processes.world_size
 
-    # The data are all on the device, a byte a value, which spares a loader and its workers.
+    # Mixed precision: weights stay float32, the model computes in dtype. Gradients in float16 are
+    # scaled up, or small ones would vanish.
+    device_type = torch.device(device).type
+    autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != "float32")
+    scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
+
+    # Data: all of it on the device, a byte a value, so that no loader is needed.
     with processes.main_first(), explained(f"--dataset={dataset}: "):
         splits = load_data(dataset, data_dir, image_size, conditional)
     (x_train, y_train), (x_val, y_val) = [(x.to(device), y.to(device)) for x, y in splits]
@@ -411,46 +432,48 @@ if __name__ == "__main__":
     if guidance != 1 and not num_classes:
         fail(f"--guidance={guidance}: {dataset} has no labels to be guided by")
 
-    # The model, the average of its weights, and the optimizer. float16 gradients are scaled, or they vanish.
+    # The model, the average of its weights, and the optimizer.
     torch.manual_seed(seed)
     model_args = {name: config[name] for name in ARCHITECTURE}
     model_args |= {"in_channels": picture_shape[0], "num_classes": num_classes}
     model = UNet(**model_args).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
+    betas = (0.9, adam_beta2)
     if muon:
-        optimizer = Muon(model.parameters(), betas=(0.9, adam_beta2))
+        optimizer = Muon(model.parameters(), betas=betas)
     else:
-        optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, adam_beta2), fused=True)
-    scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype == "float16")
+        optimizer = torch.optim.AdamW(model.parameters(), betas=betas, fused=True)
     losses = torch.zeros(2, device=device)           # their sum and number since the last log line
     it = 0
     if checkpoint:
         if checkpoint["model_args"] != model_args:
-            fail(f"--dataset={dataset} has changed: the model of {out_dir} is for {checkpoint['model_args']}")
+            fail(f"--dataset={dataset} has changed: the model is for {checkpoint['model_args']}")
         with explained(f"{out_dir}/ckpt.pt is of another version of this program: "):
             model.load_state_dict(checkpoint["model"])
             ema.load_state_dict(checkpoint["ema"])
             optimizer.load_state_dict(checkpoint["optimizer"])
-            if checkpoint["scaler"]:                 # empty but for float16
+            if checkpoint["scaler"]:                 # empty unless the run was in float16
                 scaler.load_state_dict(checkpoint["scaler"])
-            losses += checkpoint["losses"].to(device) / world_size
+            losses += checkpoint["losses"].to(device)
         it = checkpoint["iteration"]
     net = torch.compile(model) if compile else model
     if world_size > 1:
         net = torch.nn.parallel.DistributedDataParallel(net)
     trained, averaged = build(net, config, device), build(ema, config, device)
 
-    # What is evaluated, always with the same noise: held-out pictures, and a grid with a row for each class.
+    # What is evaluated, always with the same noise: held-out pictures, and a row for each class.
     fixed = torch.Generator().manual_seed(0)
     x_val, y_val = x_val[:256].float() / 127.5 - 1, y_val[:256]
     noise = torch.randn(x_val.shape, generator=fixed).to(device)
     u = torch.rand(len(x_val), generator=fixed).to(device)
     grid_noise = torch.randn(100, *picture_shape, generator=fixed).to(device)
-    grid_labels = (torch.arange(100) // 10 % num_classes if num_classes else torch.full((100,), -1)).to(device)
+    row = torch.arange(100, device=device) // 10
+    grid_labels = row % num_classes if num_classes else torch.full_like(row, -1)
 
     pictures_per_iter = batch_size * gradient_accumulation_steps * world_size
-    run = Run(out_dir, processes, it, max_iters, pictures_per_iter, resumed=bool(checkpoint), overwrite=overwrite)
-    run.say(f"{METHOD} on {dataset}: {len(x_train)} pictures of {picture_shape}, {num_classes} classes")
+    run = Run(out_dir, processes, it, max_iters, pictures_per_iter, bool(checkpoint), overwrite)
+    run.say(f"{METHOD} on {dataset}: {len(x_train)} pictures of {picture_shape}, "
+            f"{num_classes} classes")
     run.say(describe_model(ema, t=u[:1], x=x_val[:1], y=y_val[:1]))
     run.say(f"{device}, {dtype}, {'compiled' if compile else 'not compiled'}, "
             f"{world_size} process{'es' if world_size > 1 else ''}")
@@ -462,16 +485,16 @@ if __name__ == "__main__":
         for group in optimizer.param_groups:
             group.update(lr=lr, weight_decay=weight_decay)
         for micro in range(gradient_accumulation_steps):
-            # A seed for each batch: a resumed run draws what it would have drawn without a stop.
+            # A seed for each batch: a run that is resumed draws what it would have drawn anyway.
             torch.manual_seed(hash((seed, it, micro * world_size + rank)))
             x, y = get_batch(x_train, y_train)
-            if world_size > 1:                       # gradients are exchanged once, with the last batch
+            if world_size > 1:                       # gradients are exchanged once, with the last
                 net.require_backward_grad_sync = micro == gradient_accumulation_steps - 1
             with autocast:
                 loss = trained.loss(x, y)
             scaler.scale(loss / gradient_accumulation_steps).backward()
             losses += torch.stack([loss.detach(), torch.ones_like(loss)])
-        scaler.unscale_(optimizer)                   # what is clipped is the true gradient
+        scaler.unscale_(optimizer)                   # the norm to clip is that of true gradients
         if grad_clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
         scaler.step(optimizer)                       # does nothing if a float16 gradient overflowed
@@ -484,8 +507,7 @@ if __name__ == "__main__":
         logging = it % log_interval == 0 or evaluating
         if not (run.stop_requested() or logging):
             continue
-        processes.average(losses)                    # only here is a GPU waited for
-        loss, speed = (losses[0] / losses[1]).item(), run.speed(it)
+        loss, speed = run.mean(losses), run.speed(it)    # only here is a GPU waited for
         with autocast:
             held_out = evaluate(averaged, x_val, y_val, noise, u) if evaluating else []
         run.require_finite(it, [loss, *held_out], model)

@@ -1,14 +1,15 @@
 """
-Options override a script's globals, from the command line and from config files: nanoGPT's idea, checked.
+Options override a script's globals, from the command line and config files: nanoGPT's, but checked.
 
     if __name__ == "__main__":
-        config = configure(globals(), {"batch_size": (1, math.inf), "dtype": ["float32", "bfloat16"]})
+        config = configure(globals(), {"batch_size": (1, math.inf), "dtype": ["float32", "float16"]})
 
     python cfm.py preset.py --batch_size=64 --learning-rate 1e-3 --compile
 
-The options are the script's lower-case globals that hold a bool, int, float, str or tuple. An option keeps
-the type of its default. Where it is given twice, the last value wins. A config file holds lines of
-`key = literal` and is read, never executed. Whatever is wrong ends in one line on stderr and exit code 2.
+The options are the script's lower-case globals that hold a bool, int, float, str or tuple. An
+option keeps the type of its default. Where it is given twice, the last value wins. A config file
+holds lines of `key = literal`, and is read, never executed. Whatever is wrong ends in one line on
+stderr and exit code 2.
 """
 import ast
 import codecs
@@ -23,7 +24,8 @@ from pathlib import Path
 
 KINDS = (bool, int, float, str, tuple)
 WORDS = {"true": True, "1": True, "false": False, "0": False}
-ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub,
+              ast.Mult: operator.mul, ast.Div: operator.truediv}
 NOT_A_LITERAL = (ValueError, SyntaxError, TypeError, ArithmeticError, RecursionError, MemoryError)
 
 
@@ -47,26 +49,27 @@ TRAINING = {
 # ---- what a program says ----
 
 def say(*text, file=None):
-    """print() at once. Neither a full disk, a closed pipe nor a terminal without such letters ends a run."""
+    """print() at once. No full disk, closed pipe or terminal without the letters ends a run."""
     file = file or sys.stdout
     with contextlib.suppress(OSError):
         try:
             print(*text, file=file, flush=True)
         except UnicodeEncodeError:
-            print(*[str(part).encode("ascii", "backslashreplace").decode() for part in text], file=file, flush=True)
+            text = [str(part).encode("ascii", "backslashreplace").decode() for part in text]
+            print(*text, file=file, flush=True)
 
 
 def fail(message):
     """Say in one line what was wrong and what to do about it, and exit with code 2."""
     say(f"{Path(sys.argv[0]).name}: {' '.join(message.splitlines())}", file=sys.stderr)
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        os._exit(2)              # of several processes: taking down gloo's threads sometimes aborts the process
+        os._exit(2)              # one of several: taking down gloo's threads may abort the process
     sys.exit(2)
 
 
 @contextlib.contextmanager
 def explained(where="", kind=Exception):
-    """An exception inside ends the program as any mistake does: in a line that says where and why."""
+    """An exception inside ends the program as any mistake does: in a line, where and why."""
     try:
         yield
     except kind as e:
@@ -76,7 +79,7 @@ def explained(where="", kind=Exception):
 # ---- what an option may be ----
 
 def parse(value, default):
-    """The value, a literal or its text, as the type of the default; one of NOT_A_LITERAL if it cannot be that."""
+    """The value, a literal or its text, as the type of the default; else raises NOT_A_LITERAL."""
     kind = type(default)
     if kind is bool and str(value).lower() in WORDS:
         return WORDS[str(value).lower()]
@@ -85,23 +88,23 @@ def parse(value, default):
     if kind is tuple:
         values = value if type(value) in (tuple, list) else [value]
         return tuple(parse(v, default[0] if default else 0) for v in values)
-    if {kind, type(value)} == {int, float} and kind(value) == value:        # 1e4 is an int, 3 a float
+    if {kind, type(value)} == {int, float} and kind(value) == value:    # 1e4 is an int, 3 a float
         value = kind(value)
     if type(value) is not kind or kind is float and not math.isfinite(value):
         raise ValueError
     if kind is str and (value == "~" or value.startswith("~/")):
-        value = os.path.expanduser(value)                                   # after a = the shell does not
+        value = os.path.expanduser(value)                               # shells do not, after a =
     return value
 
 
 class Options:
-    """A script's options: their defaults, and limits, which are (least, most) or a list of choices."""
+    """A script's options: their defaults, and limits, (least, most) or a list of choices."""
 
     def __init__(self, settings, limits):
         self.defaults = {name: value for name, value in settings.items()
                          if name.islower() and name[0] != "_" and type(value) in KINDS}
         self.limits = limits
-        self.flags = {name for name, value in self.defaults.items()         # may be given without a value
+        self.flags = {name for name, value in self.defaults.items()     # no value means true
                       if type(value) is bool or True in self.choices(name)}
 
     def choices(self, name):
@@ -116,7 +119,8 @@ class Options:
         """The value that the option gets; calls fail() if it may not have it."""
         if name not in self.defaults:
             near = difflib.get_close_matches(str(name), self.defaults, n=1)
-            fail(f"{where}: unknown option, " + (f"did you mean {near[0]}?" if near else "--help lists them"))
+            hint = f"did you mean {near[0]}?" if near else "--help lists them"
+            fail(f"{where}: unknown option, {hint}")
         default, choices = self.defaults[name], self.choices(name)
         try:
             if not any(type(c) is type(value) and c == value for c in choices):     # 0 is not False
@@ -124,8 +128,8 @@ class Options:
             if choices and value not in choices:
                 raise ValueError
         except NOT_A_LITERAL:
-            expected = ", ".join(map(str, choices)) or f"{type(default).__name__} such as {default!r}"
-            fail(f"{where}: expected {expected}, not {value!r}")
+            example = f"{type(default).__name__} such as {default!r}"
+            fail(f"{where}: expected {', '.join(map(str, choices)) or example}, not {value!r}")
         if isinstance(self.limits.get(name), tuple):
             least, most = self.limits[name]
             if not all(least <= v <= most for v in (value if type(value) is tuple else [value])):
@@ -133,8 +137,9 @@ class Options:
         return value
 
     def restored(self, saved):
-        """All options, as a dict: those that a checkpoint saved, defaults for those it does not know."""
-        return self.defaults | {k: self.checked(f"the checkpoint's {k}", k, v) for k, v in saved.items()}
+        """All options: those that a checkpoint saved, and defaults for those it does not know."""
+        saved = {k: self.checked(f"the checkpoint's {k}", k, v) for k, v in saved.items()}
+        return self.defaults | saved
 
 
 # ---- where options come from ----
@@ -156,7 +161,7 @@ def read_config_file(path, folder):
     except (OSError, ValueError) as e:
         reason = getattr(e, "strerror", None) or e
         fail(f"cannot read the config file {path}: {reason} (options are written --key=value)")
-    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))      # as PowerShell's echo writes
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))      # by PowerShell
     line = 1
     try:
         try:
@@ -165,8 +170,8 @@ def read_config_file(path, folder):
             text = content.decode("latin-1")
         for node in ast.parse(text).body:
             line = node.lineno
-            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):     # a docstring
-                continue
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                continue                                                # a docstring
             if not isinstance(node, ast.Assign) or [type(t) for t in node.targets] != [ast.Name]:
                 raise ValueError
             name = node.targets[0].id
@@ -177,7 +182,7 @@ def read_config_file(path, folder):
 
 
 def read_command_line(args, options, folder):
-    """(where, name, value) of each option on the command line and in the config files that it names."""
+    """(where, name, value) of each option on the command line, and in config files named there."""
     args = list(args)
     while args:
         arg = args.pop(0)
@@ -198,8 +203,8 @@ def configure(settings, limits={}, argv=None, saved={}):
     """
     Override settings, a script's globals(), and return all options as a dict.
 
-    First come the saved options of an earlier run, then argv, by default the command line. limits maps an
-    option to (least, most), or to a list of choices, which may hold True and False.
+    First come the saved options of an earlier run, then argv, by default the command line. limits
+    maps an option to (least, most), or to a list of choices, which may hold True and False.
     """
     argv, script = sys.argv[1:] if argv is None else argv, Path(settings["__file__"])
     if {"-h", "--help"} & set(argv):
@@ -216,9 +221,9 @@ def configure(settings, limits={}, argv=None, saved={}):
 
 def resume(settings, limits, fixed, checkpoint):
     """
-    configure() for a run that goes on: under the options it had, except out_dir and those now given.
+    configure() for a run that goes on: with the options it had, but for out_dir and those now given.
 
-    Says what differs. Calls fail() where that is in fixed, a list of options, or if nothing is left to do.
+    Says what differs. Calls fail() where that is in the list fixed, or if nothing is left to do.
     """
     saved, it = checkpoint["config"], checkpoint["iteration"]
     config = configure(settings, limits, saved={k: v for k, v in saved.items() if k != "out_dir"})
@@ -226,7 +231,8 @@ def resume(settings, limits, fixed, checkpoint):
         before = saved.get(name, value)
         if value != before and name in fixed:
             fail(f"--{name}={value}: the run in {config['out_dir']} has {before}, for good")
-        if value != before and name not in ("init_from", "out_dir") and os.environ.get("RANK", "0") == "0":
+        main_process = os.environ.get("RANK", "0") == "0"
+        if value != before and name not in ("init_from", "out_dir") and main_process:
             say(f"resuming with {name} = {value}, which was {before}")
     if it >= config["max_iters"]:
         fail(f"the run in {config['out_dir']} is complete at iteration {it}: "

@@ -3,16 +3,17 @@ Denoising diffusion probabilistic models in one file: Ho et al. 2020 (arXiv 2006
 
     python ddpm.py                                             # MNIST, ten epochs; watch out/ddpm
     python ddpm.py --n_steps=1000 --batch_size=128             # any option below; --help lists them
-    python ddpm.py --dataset=path/to/pictures --image_size=64  # your own, labelled by their subfolders
+    python ddpm.py --dataset=path/to/pictures --image_size=64  # your own, labelled by subfolders
     python ddpm.py --init_from=resume                          # go on where a run was stopped
     torchrun --standalone --nproc_per_node=4 ddpm.py           # on four GPUs
 
-The process q adds noise to a picture in n_steps small steps until little else is left. The process p
-is learned, and undoes them one by one. The bound on -log p(x0) is, apart from its two ends, a sum of
+The process q adds noise to a picture in n_steps small steps, until little else is left. The
+process p is learned, and undoes them one by one. The bound on -log p(x0) is, but for its ends, a
+sum of
     KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)),
-each between two Gaussians of fixed variance, hence a squared distance between their means. Up to a
-weight that training drops, it is the squared error of a model that predicts the noise in x_t.
-docs/mathematics.md derives all of it.
+each between Gaussians of fixed variance, hence a squared distance between their means. Up to a
+weight, which training drops, that is the squared error of a model that predicts the noise in x_t.
+docs/mathematics.md derives it all.
 """
 import copy
 import math
@@ -22,60 +23,61 @@ import torch
 
 # -----------------------------------------------------------------------------
 # output
-eval_interval = 938       # iterations between evaluations, each with a grid and a checkpoint; an epoch of MNIST
-log_interval = 100        # iterations between log lines
+eval_interval = 938       # iterations from one evaluation, grid and checkpoint to the next: an epoch
+log_interval = 100        # iterations from one log line to the next
 init_from = "scratch"     # or "resume": continue the run in out_dir, under its own options
 overwrite = False         # let a run from scratch replace the one in out_dir
 # data
-dataset = "mnist"         # mnist, fashion_mnist, cifar10, synthetic, a folder of pictures, or an .npz file
+dataset = "mnist"         # or fashion_mnist, cifar10, synthetic, a folder of pictures, an .npz file
 data_dir = "data"         # where downloads are kept
 image_size = 0            # side to bring pictures to; 0: as they are
 flip = False              # mirror pictures at random: never for digits
 conditional = True        # learn the labels, if there are any; false: unconditional
-label_dropout = 0.02      # share of labels hidden in training: guidance needs the unconditional model too
+label_dropout = 0.02      # share of labels hidden in training, so that guidance is possible
 # model, see unet.py
 channels = 24             # width of the first level
-channel_mults = (1, 2)    # width of each level, in multiples of channels; every level halves the resolution
+channel_mults = (1, 2)    # width of each level as a multiple of that; each has half the resolution
 n_res_blocks = 1          # residual blocks a level
 attention_levels = (2,)   # levels with attention, from 0; the one after the last is the middle
 dropout = 0.0             # inside the residual blocks
-patch = 2                 # patch x patch pixels become channels first: 2 works at half the resolution
+patch = 2                 # patch x patch pixels become channels first: 2 works at half resolution
 # training
 batch_size = 64           # pictures a process takes at a time
 gradient_accumulation_steps = 1  # batches a process takes for one step of the optimizer
 max_iters = 9380          # steps of the optimizer: ten epochs of MNIST
-muon = True               # Muon for the kernels of convolutions, AdamW for the rest; false: AdamW for all
+muon = True               # Muon for kernels of convolutions, AdamW for the rest; false: AdamW alone
 learning_rate = 6e-3      # the largest, after the warm-up
-warmup_iters = 100        # the rate rises from 0 in a straight line
-decay_lr = True           # and falls to 0 in a straight line until max_iters; false: stays
+warmup_iters = 100        # the rate first rises from 0 in a straight line
+decay_lr = True           # then falls to 0 in a straight line until max_iters; false: stays
 weight_decay = 0.01       # decoupled, as in AdamW
-adam_beta2 = 0.99         # decay of AdamW's second moment; 0.999 in Kingma & Ba
+adam_beta2 = 0.99         # decay of AdamW's second moment; Kingma & Ba have 0.999
 grad_clip = 1.0           # largest norm of the gradient; 0: any
-ema_decay = 0.999         # of the averaged weights, which are used for sampling; rises to this from 0.1
+ema_decay = 0.999         # of the averaged weights, used for sampling; rises to this from 0.1
 # machine
 device = "auto"           # cuda, cuda:1, mps or cpu; auto: the first of them that is there
-dtype = "auto"            # float32, bfloat16, float16; auto: float32, on CUDA bfloat16 (old cards: float16)
-compile = "auto"          # torch.compile: true, false; auto: on CUDA
+dtype = "auto"            # float32, bfloat16 or float16; auto: on CUDA bfloat16 if the card has it
+compile = "auto"          # torch.compile: true or false; auto: on CUDA
 seed = 1337               # every draw is a function of seed, iteration and micro-batch
 # the method, and the grids drawn with it
 out_dir = "out/ddpm"      # for checkpoints, grids and log.csv
 n_steps = 1000            # T, the number of noising steps
-schedule = "cosine"       # of the noise: cosine is Nichol & Dhariwal's; linear is Ho et al.'s
-prediction = "v"          # what the model predicts: eps as in Ho et al., x0, or v, a mixture of both
+schedule = "cosine"       # of the noise: cosine is Nichol & Dhariwal's, linear is Ho et al.'s
+prediction = "v"          # what the model predicts: eps as in Ho et al., x0, or v, a mix of both
 weighting = "simple"      # of the squared error: all alike; min_snr: in x0, by min(snr, 5)
 variance = "fixedlarge"   # of p: beta; fixedsmall: beta~, that of q(x_{t-1} | x_t, x_0)
-t_mean = 0.4              # times to train at are sigmoids of normal draws of this mean; above 0: more noise
+t_mean = 0.4              # training times are sigmoids of normal draws of this mean: 1 is noise
 t_uniform = 0.1           # but this share of a batch has uniform ones
 sampler = "dpm++"         # or ancestral, ddim, euler, midpoint, heun, rk4, dopri5: see sample.py
-sample_steps = 5          # at most n_steps; ancestral takes all of them, dopri5 as many as it needs
-guidance = 1.0            # 1: the conditional model as it is; 0: the unconditional; above 1: exaggerated labels
+sample_steps = 5          # at most n_steps; ancestral takes all, dopri5 as many as it needs
+guidance = 1.0            # 1: the conditional model; 0: the unconditional; above: exaggerated labels
 # -----------------------------------------------------------------------------
 METHOD = "ddpm"
 
 
 def linear_beta(n_steps):
-    """Ho et al., section 4, for 1000 steps; scaled for others, so that alpha_bar ends near 0 all the same."""
-    return torch.linspace(1e-4, 0.02, n_steps, dtype=torch.float64, device="cpu") * 1000 / n_steps
+    """Ho et al., section 4, at 1000 steps; scaled elsewhere, for alpha_bar to end near 0 as well."""
+    beta = torch.linspace(1e-4, 0.02, n_steps, dtype=torch.float64, device="cpu")
+    return beta * 1000 / n_steps
 
 
 def cosine_beta(n_steps):
@@ -88,7 +90,7 @@ def cosine_beta(n_steps):
 SCHEDULES = {"linear": linear_beta, "cosine": cosine_beta}
 
 # What the model is asked for, and the (x0, eps) that its answer means, where xt = a x0 + b eps.
-# v is from Salimans & Ho 2022 (arXiv 2202.00512): x0 where there is noise alone, eps where there is none.
+# v, of Salimans & Ho 2022 (arXiv 2202.00512), is eps where all is data, and -x0 where all is noise.
 PREDICTIONS = {
     "eps": (lambda x0, eps, a, b: eps,
             lambda out, xt, a, b: ((xt - b * out) / a, out)),
@@ -105,76 +107,80 @@ class DenoiseDiffusion:
     """
     The noising process q, its reversal p, and the loss that trains p.
 
-    eps_model             is called as eps_model(t=t, x=xt, y=y) and answers with a tensor like xt
+    eps_model             is called as eps_model(t=t, x=xt, y=y), and answers with a tensor like xt
     n_steps               T, at least 2
-    schedule, prediction  names in SCHEDULES and PREDICTIONS; eps_model answers with a prediction
-    weighting             "simple", or "min_snr": Hang et al. 2023 (arXiv 2303.09556)
-    variance              of p: "fixedlarge" is beta, "fixedsmall" is beta~
-    t_mean, t_uniform     the times to train at, see draw_times(); by default uniform
-    unit_time             eps_model takes t / T, as unet.py does, not t
+    schedule, prediction  names in SCHEDULES and PREDICTIONS: of the noise, and of the answer
+    weighting             "simple", or "min_snr" of Hang et al. 2023 (arXiv 2303.09556)
+    variance              of p: "fixedlarge" for beta, "fixedsmall" for beta~
+    t_mean, t_uniform     the times to train at, see draw_times(); by default all are uniform
+    unit_time             eps_model takes t / T, as unet.py does, and not t
 
-    Throughout, x0, xt and eps are (B, *dim), with x0 in [-1, 1]. Times t are long (B,) in [0, T): t = 0
-    is the paper's t = 1. Labels y are long (B,), -1 for none, or None. The defaults are the paper's.
-    Raises ValueError for unknown options.
+    Throughout, x0, xt and eps are (B, *dim), with x0 in [-1, 1]. Times t are long (B,) in [0, T):
+    t = 0 is the paper's t = 1. Labels y are long (B,), -1 for none, or None. The defaults are the
+    paper's, those of the script are not. Raises ValueError for unknown options.
     """
-    straight = True       # in the coordinates of velocity(), the path from noise to data is a straight line
+    straight = True       # as a flow, see velocity(), it goes from noise to data in a straight line
 
-    def __init__(self, eps_model, n_steps=1000, device="cpu", schedule="linear", prediction="eps",
-                 weighting="simple", variance="fixedlarge", t_mean=0.0, t_uniform=1.0, unit_time=False):
+    def __init__(self, eps_model, n_steps=1000, device="cpu", schedule="linear",
+                 prediction="eps", weighting="simple", variance="fixedlarge",
+                 t_mean=0.0, t_uniform=1.0, unit_time=False):
         if n_steps < 2:
             raise ValueError(f"n_steps must be at least 2, not {n_steps}")
-        for name, value, known in [("schedule", schedule, SCHEDULES), ("prediction", prediction, PREDICTIONS),
-                                   ("weighting", weighting, WEIGHTINGS), ("variance", variance, VARIANCES)]:
+        for name, value, known in [("schedule", schedule, SCHEDULES),
+                                   ("prediction", prediction, PREDICTIONS),
+                                   ("weighting", weighting, WEIGHTINGS),
+                                   ("variance", variance, VARIANCES)]:
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
         self.eps_model = eps_model
         self.n_steps = n_steps
         self.prediction = prediction
+        self.t_mean = t_mean
+        self.t_uniform = t_uniform
         self.unit_time = unit_time
-        self.t_mean, self.t_uniform = t_mean, t_uniform
 
-        # tables, one entry for each t: computed in float64 on the CPU, kept in float32 on the device
+        # tables with an entry for each t, made in float64 on the CPU
         def table(values):
             return values.float().to(device)
 
         beta = SCHEDULES[schedule](n_steps).clamp(max=0.999)
         alpha = 1 - beta
         alpha_bar = alpha.cumprod(0)                        # eq. 4
-        before = torch.cat([torch.ones_like(beta[:1]), alpha_bar[:-1]])  # alpha_bar one step earlier
+        alpha_bar_before = torch.cat([torch.ones_like(beta[:1]), alpha_bar[:-1]])
         self.beta = table(beta)
         self.alpha = table(alpha)
         self.alpha_bar = table(alpha_bar)
-        self.one_minus_alpha_bar = table(1 - alpha_bar)     # in float32, 1 - alpha_bar would cancel near t = 0
+        self.one_minus_alpha_bar = table(1 - alpha_bar)     # the difference in float32 is inexact
 
-        # q(x_{t-1} | x_t, x_0), eq. 7: its variance, and its mean as a sum of x0 and xt, or of xt and eps
-        beta_tilde = beta * (1 - before) / (1 - alpha_bar)
-        beta_tilde[0] = beta_tilde[1]                       # not 0, for the bound's decoder takes its logarithm
+        # q(x_{t-1} | x_t, x_0), eq. 7: its variance, and its mean in x0 and xt, or in xt and eps
+        beta_tilde = beta * (1 - alpha_bar_before) / (1 - alpha_bar)
+        beta_tilde[0] = beta_tilde[1]                       # not 0: the bound takes its logarithm
         self.beta_tilde = table(beta_tilde)
-        self.x0_coef = table(before.sqrt() * beta / (1 - alpha_bar))
-        self.xt_coef = table(alpha.sqrt() * (1 - before) / (1 - alpha_bar))
+        self.x0_coef = table(alpha_bar_before.sqrt() * beta / (1 - alpha_bar))
+        self.xt_coef = table(alpha.sqrt() * (1 - alpha_bar_before) / (1 - alpha_bar))
         self.eps_coef = table(beta / (1 - alpha_bar).sqrt())
 
         # p(x_{t-1} | x_t): its variance, section 3.2
         self.sigma2 = self.beta if variance == "fixedlarge" else self.beta_tilde
 
-        # weights of the squared error: min_snr gives an error in x0 the weight min(snr, 5)
+        # weights of the squared error: by min_snr an error in x0 has the weight min(snr, 5)
         weight = torch.ones_like(beta)
         if weighting == "min_snr":
             snr = alpha_bar / (1 - alpha_bar)
             target, _ = PREDICTIONS[prediction]
-            error = target(1, -snr.sqrt(), alpha_bar.sqrt(), (1 - alpha_bar).sqrt())  # if that in x0 is 1
+            error = target(1, -snr.sqrt(), alpha_bar.sqrt(), (1 - alpha_bar).sqrt())  # of 1 in x0
             weight = snr.clamp(max=5) / torch.as_tensor(error).square()
         self.weight = table(weight)
 
-        # the time of velocity() at each t, falling from almost 1 to almost 0
+        # the time of velocity() at each t: it falls from almost 1 to almost 0
         tau = 1 / (1 + ((1 - alpha_bar).float() / alpha_bar.float()).sqrt())
         self.tau = table(tau)
         self.taus = tau.tolist()
 
-    # ---- q: from data to noise ----
+    # ---- q, from data to noise ----
 
     def q_xt_x0(self, x0, t):
-        """Mean (B, *dim) and variance (B, 1, ...) of q(x_t | x_0), eq. 4: t + 1 steps of noise in one."""
+        """Mean (B, *dim) and variance (B, 1, ...) of q(x_t | x_0), eq. 4: all steps in one."""
         mean = expand_like(self.alpha_bar[t], x0).sqrt() * x0
         return mean, expand_like(self.one_minus_alpha_bar[t], x0)
 
@@ -190,16 +196,19 @@ class DenoiseDiffusion:
 
     def q_posterior_mean_eps(self, xt, t, eps):
         """The same through the noise eps that led from x0 to xt, eq. 11."""
-        return (xt - expand_like(self.eps_coef[t], xt) * eps) / expand_like(self.alpha[t], xt).sqrt()
+        without = xt - expand_like(self.eps_coef[t], xt) * eps
+        return without / expand_like(self.alpha[t], xt).sqrt()
 
-    # ---- the model ----
+    # ---- the model and its loss ----
 
     def scales(self, t, x):
         """The a and b of xt = a x0 + b eps, (B, 1, ...) each."""
-        return expand_like(self.alpha_bar[t], x).sqrt(), expand_like(self.one_minus_alpha_bar[t], x).sqrt()
+        a = expand_like(self.alpha_bar[t], x).sqrt()
+        b = expand_like(self.one_minus_alpha_bar[t], x).sqrt()
+        return a, b
 
     def answer(self, xt, t, y=None, guidance=1.0):
-        """What the model says, (B, *dim). t may be a fraction."""
+        """What the model says of xt, (B, *dim). Here t may be a fraction."""
         t = t / self.n_steps if self.unit_time else t
         return classifier_free_guidance(self.eps_model, t, xt, y, guidance)
 
@@ -209,31 +218,33 @@ class DenoiseDiffusion:
         return read(self.answer(xt, t, y, guidance), xt, a, b)
 
     def loss(self, x0, y=None, noise=None, u=None):
-        """E weight |target - answer|^2, a scalar: Algorithm 1, eq. 14. Times are t = u T, u (B,) in [0, 1)."""
+        """Algorithm 1, eq. 14: E weight |target - answer|^2. Times t are u T, u (B,) in [0, 1]."""
         u = draw_times(len(x0), self.t_mean, self.t_uniform, x0.device) if u is None else u
         t = (u * self.n_steps).long().clamp(max=self.n_steps - 1)
         eps = torch.randn_like(x0) if noise is None else noise
-        xt = self.q_sample(x0, t, eps)
         target, _ = PREDICTIONS[self.prediction]
-        error = (self.answer(xt, t, y) - target(x0, eps, *self.scales(t, x0))).square()
+        answer = self.answer(self.q_sample(x0, t, eps), t, y)
+        error = (answer - target(x0, eps, *self.scales(t, x0))).square()
         return (expand_like(self.weight[t], x0) * error).mean()
 
-    # ---- p: from noise to data ----
+    # ---- p, from noise to data ----
 
     def p_mean(self, xt, t, y=None, guidance=1.0, clip=False):
-        """Mean of p(x_{t-1} | x_t), (B, *dim): that of q at the predicted x0, which clip keeps in [-1, 1]."""
+        """Mean of p(x_{t-1} | x_t): that of q at the predicted x0, kept in [-1, 1] by clip."""
         x0, eps = self.predict(xt, t, *self.scales(t, xt), y, guidance)
-        return self.q_posterior_mean(xt, t, x0.clamp(-1, 1)) if clip else self.q_posterior_mean_eps(xt, t, eps)
+        if clip:
+            return self.q_posterior_mean(xt, t, x0.clamp(-1, 1))
+        return self.q_posterior_mean_eps(xt, t, eps)
 
     def p_sample(self, xt, t, y=None, guidance=1.0, clip=False, z=None):
-        """A draw from p(x_{t-1} | x_t), Algorithm 2, lines 3 and 4. The last step, t = 0, adds no noise."""
+        """A draw from p(x_{t-1} | x_t): Algorithm 2, lines 3 and 4. The last step adds no noise."""
         z = torch.randn_like(xt) if z is None else z
         var = torch.where(t > 0, self.sigma2[t], 0)
         return self.p_mean(xt, t, y, guidance, clip) + expand_like(var, xt).sqrt() * z
 
     @torch.no_grad()
     def sample(self, noise, y=None, guidance=1.0, clip=False, randn=torch.randn_like):
-        """Algorithm 2: pictures from noise (B, *dim), one step of p for each t. randn(x) draws noise like x."""
+        """Algorithm 2: pictures from noise (B, *dim), a step of p for each t. randn(x) is like x."""
         xt = noise
         for t in reversed(range(self.n_steps)):
             t = torch.full((len(xt),), t, device=xt.device)
@@ -244,10 +255,10 @@ class DenoiseDiffusion:
 
     def velocity(self, tau, z, y=None, guidance=1.0, clip=False):
         """
-        E[x0 - eps | z] at z = tau x0 + (1 - tau) eps: the velocity dz / dtau of a flow from noise to data.
+        E[x0 - eps | z] at z = tau x0 + (1 - tau) eps: the dz / dtau of a flow from noise to data.
 
-        In xt = a x0 + b eps, z (B, *dim) is xt / (a + b) and tau (B,) is a / (a + b). Where tau is between
-        those of two t, t is a fraction. clip keeps the predicted x0 in [-1, 1].
+        With xt = a x0 + b eps, z (B, *dim) is xt / (a + b), and tau (B,) is a / (a + b). Between
+        the tau of two steps, t is a fraction. clip keeps the predicted x0 in [-1, 1].
         """
         i = torch.searchsorted(-self.tau, -tau).clamp(1, self.n_steps - 1)
         t = i - (tau - self.tau[i]) / (self.tau[i - 1] - self.tau[i])
@@ -256,44 +267,45 @@ class DenoiseDiffusion:
         x0, eps = self.predict(z / scale, t, tau / scale, (1 - tau) / scale, y, guidance)
         if clip:
             x0 = (z + (1 - tau) * (x0 - eps)).clamp(-1, 1)
-            eps = (z - tau * x0) / (1 - tau)                # the noise that fits the clipped picture
+            eps = (z - tau * x0) / (1 - tau)                # the noise that fits the clipped x0
         return x0 - eps
 
     def times(self, steps, even=False):
         """
-        The tau, in rising order, between which a sampler makes its steps; at most T of them.
+        The tau, in rising order, from each of which a sampler steps to the next; at most T steps.
 
-        They are the t of as much noise as u / (2 - u) for even u, or the next with more, each t once: steps
-        are shorter at the noise, where shapes are decided (Esser et al. 2024, arXiv 2403.03206, section
-        5.3.2). The last goes to 1, straight to the data, of which the model has seen none without noise.
-        With even they are even in t, for samplers that look ahead, and end at t = 0, short of 1.
+        Steps are shorter at the noise, where shapes are decided: tau = u / (2 - u) for even u
+        (Esser et al. 2024, arXiv 2403.03206, section 5.3.2), or rather the next t with more noise,
+        each t once. The last step is to tau = 1, as there is no t without noise. With even, for
+        samplers that look ahead, t is even, and the last tau is that of t = 0.
         """
         T, steps = self.n_steps, min(steps, self.n_steps)
         if even:
-            return [self.taus[round((T - 1) * (1 - i / max(1, steps - 1)))] for i in range(steps)]
+            shares = [i / max(1, steps - 1) for i in range(steps)]
+            return [self.taus[round((1 - share) * (T - 1))] for share in shares]
         ts = [T]
         for i in range(steps):
             wanted = i / (2 * steps - i)
             t = next((t for t in range(T) if self.taus[t] <= wanted), T)
             t = min(t, ts[-1] - 1)                          # each t once,
-            ts.append(max(t, steps - 1 - i))                # and one for each step that follows
+            ts.append(max(t, steps - 1 - i))                # and one left for each step that follows
         return [self.taus[t] for t in ts[1:]] + [1.0]
 
 
 def build(model, config, device="cpu"):
-    """The method around a model of t in [0, 1], under the options of a run."""
-    names = "n_steps", "schedule", "prediction", "weighting", "variance", "t_mean", "t_uniform"
-    return DenoiseDiffusion(model, device=device, unit_time=True, **{name: config[name] for name in names})
+    """The method around a model of t in [0, 1], with the options of a run."""
+    names = ["n_steps", "schedule", "prediction", "weighting", "variance", "t_mean", "t_uniform"]
+    options = {name: config[name] for name in names}
+    return DenoiseDiffusion(model, device=device, unit_time=True, **options)
 
 
-# the options that a run keeps for good, and what options may be: from the least to the most, or one of a list
-FIXED = ["n_steps", "schedule", "prediction"]
-LIMITS = {
+FIXED = ["n_steps", "schedule", "prediction"]    # options that a run keeps for good
+LIMITS = {                                       # what options may be: (least, most), or a choice
     "n_steps": (2, math.inf),
     "schedule": list(SCHEDULES),
     "prediction": list(PREDICTIONS),
-    "weighting": ["simple", "min_snr"],
-    "variance": ["fixedlarge", "fixedsmall"],
+    "weighting": WEIGHTINGS,
+    "variance": VARIANCES,
     "sampler": ["dpm++", "ancestral", "ddim", "euler", "midpoint", "heun", "rk4", "dopri5"],
 }
 
@@ -309,29 +321,30 @@ def classifier_free_guidance(model, t, x, y, scale):
     """
     out(no label) + scale (out(label) - out(no label)), (B, *dim), in one call of the model.
 
-    Ho & Salimans 2022 (arXiv 2207.12598). At scale 1, or without labels, this is the model as it is.
+    Ho & Salimans 2022 (arXiv 2207.12598). At scale 1, or without labels, that is the model as it is.
     """
     if y is None or scale == 1:
         return model(t=t, x=x, y=y).float()
-    t, x, y = torch.cat([t, t]), torch.cat([x, x]), torch.cat([y, torch.full_like(y, -1)])
-    labelled, unlabelled = model(t=t, x=x, y=y).float().chunk(2)
+    no_label = torch.full_like(y, -1)
+    out = model(t=torch.cat([t, t]), x=torch.cat([x, x]), y=torch.cat([y, no_label])).float()
+    labelled, unlabelled = out.chunk(2)
     return unlabelled + scale * (labelled - unlabelled)
 
 
 def draw_times(n, mean, uniform, device="cpu"):
     """
-    n times in [0, 1]: a share of uniform ones, the others sigmoids of draws from N(mean, 1).
+    n times in [0, 1]: a share uniform of them is uniform, the others are sigmoids of N(mean, 1).
 
-    Esser et al. 2024 (arXiv 2403.03206), section 3.1: the middle of the way is the hardest to learn.
+    Esser et al. 2024 (arXiv 2403.03206), section 3.1: the middle of the way is hardest to learn.
     """
     k = round(uniform * n)
-    even = torch.rand(k, device=device)
+    flat = torch.rand(k, device=device)
     normal = mean + torch.randn(n - k, device=device)
-    return torch.cat([even, normal.sigmoid()])
+    return torch.cat([flat, normal.sigmoid()])
 
 
 def get_lr(it):
-    """The learning rate of iteration it: a warm-up from 0, then a straight line to 0 at max_iters."""
+    """The learning rate of iteration it: a warm-up, then a straight line to 0 at max_iters."""
     lr = learning_rate * min(1, (it + 1) / max(1, warmup_iters))
     return lr * (1 - it / max_iters) if decay_lr else lr
 
@@ -349,7 +362,12 @@ def get_batch(pictures, labels):
 
 
 def update_average(ema, model, it):
-    """Bring the averaged weights nearer to the latest. The average is short at first, or it would hold noise."""
+    """
+    Move the averaged weights towards the latest.
+
+    Single steps leave noise in the weights, and the average has less of it: it draws better
+    pictures. It is short at first, so as not to remember the weights that training started from.
+    """
     from torch.optim.swa_utils import get_ema_multi_avg_fn
 
     decay = min(ema_decay, (1 + it) / (10 + it))
@@ -361,7 +379,8 @@ def evaluate(method, x, y, noise, u):
     """
     Mean loss on x (N, C, H, W) with labels y (N,): over all times, then in each quarter of them.
 
-    The same noise (N, C, H, W) and u (N,), the place within the quarter, make evaluations comparable.
+    noise is like x, and u (N,) is where in the quarter. Both stay the same in all evaluations,
+    so that the losses can be compared.
     """
     torch.manual_seed(seed)
     quarters = []
@@ -373,11 +392,12 @@ def evaluate(method, x, y, noise, u):
 
 
 def sample_grid(method, noise, y):
-    """Pictures like noise (N, C, H, W), of labels y (N,), drawn as the options say."""
+    """Pictures like noise (N, C, H, W), of labels y (N,), by the sampler that the options name."""
     from sample import draw
 
     batches = zip(noise.split(batch_size), y.split(batch_size))
-    return torch.cat([draw(method, *batch, sampler, sample_steps, guidance) for batch in batches])
+    parts = [draw(method, *batch, sampler, sample_steps, guidance) for batch in batches]
+    return torch.cat(parts)
 
 
 def check_options(config):
@@ -393,7 +413,7 @@ def check_options(config):
     if guidance != 1 and not conditional:
         fail(f"--guidance={guidance}: without labels there is nothing to be guided by")
     if guidance != 1 and not label_dropout:
-        fail(f"--guidance={guidance} needs the unconditional model too, so a --label_dropout above 0")
+        fail(f"--guidance={guidance} needs the unconditional model: a --label_dropout above 0")
 
 
 ARCHITECTURE = ["channels", "channel_mults", "n_res_blocks", "attention_levels", "dropout", "patch"]
@@ -406,7 +426,7 @@ if __name__ == "__main__":
     from core.run import Run, load_checkpoint, require_no_run
     from unet import Muon, UNet
 
-    # The options are the defaults, or those of the run that goes on, and over them the command line.
+    # Options: the defaults, or those of the run that goes on, and over them the command line.
     config, checkpoint = configure(globals(), TRAINING | LIMITS), None
     if init_from == "resume":
         checkpoint = load_checkpoint(Path(out_dir, "ckpt.pt"), METHOD)
@@ -415,13 +435,18 @@ if __name__ == "__main__":
         require_no_run(out_dir)
     check_options(config)
 
-    # The machine, and the other processes if torchrun started some. Weights stay float32 under autocast.
+    # The machine, and the other processes if torchrun started some.
     device, dtype, compile = choose_machine(device, dtype, compile)
-    autocast = torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled=dtype != "float32")
     processes = init_distributed(device)
     rank, world_size = processes.rank, processes.world_size
 
-    # The data are all on the device, a byte a value, which spares a loader and its workers.
+    # Mixed precision: weights stay float32, the model computes in dtype. Gradients in float16 are
+    # scaled up, or small ones would vanish.
+    device_type = torch.device(device).type
+    autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != "float32")
+    scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
+
+    # Data: all of it on the device, a byte a value, so that no loader is needed.
     with processes.main_first(), explained(f"--dataset={dataset}: "):
         splits = load_data(dataset, data_dir, image_size, conditional)
     (x_train, y_train), (x_val, y_val) = [(x.to(device), y.to(device)) for x, y in splits]
@@ -430,46 +455,48 @@ if __name__ == "__main__":
     if guidance != 1 and not num_classes:
         fail(f"--guidance={guidance}: {dataset} has no labels to be guided by")
 
-    # The model, the average of its weights, and the optimizer. float16 gradients are scaled, or they vanish.
+    # The model, the average of its weights, and the optimizer.
     torch.manual_seed(seed)
     model_args = {name: config[name] for name in ARCHITECTURE}
     model_args |= {"in_channels": picture_shape[0], "num_classes": num_classes}
     model = UNet(**model_args).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
+    betas = (0.9, adam_beta2)
     if muon:
-        optimizer = Muon(model.parameters(), betas=(0.9, adam_beta2))
+        optimizer = Muon(model.parameters(), betas=betas)
     else:
-        optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, adam_beta2), fused=True)
-    scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype == "float16")
+        optimizer = torch.optim.AdamW(model.parameters(), betas=betas, fused=True)
     losses = torch.zeros(2, device=device)           # their sum and number since the last log line
     it = 0
     if checkpoint:
         if checkpoint["model_args"] != model_args:
-            fail(f"--dataset={dataset} has changed: the model of {out_dir} is for {checkpoint['model_args']}")
+            fail(f"--dataset={dataset} has changed: the model is for {checkpoint['model_args']}")
         with explained(f"{out_dir}/ckpt.pt is of another version of this program: "):
             model.load_state_dict(checkpoint["model"])
             ema.load_state_dict(checkpoint["ema"])
             optimizer.load_state_dict(checkpoint["optimizer"])
-            if checkpoint["scaler"]:                 # empty but for float16
+            if checkpoint["scaler"]:                 # empty unless the run was in float16
                 scaler.load_state_dict(checkpoint["scaler"])
-            losses += checkpoint["losses"].to(device) / world_size
+            losses += checkpoint["losses"].to(device)
         it = checkpoint["iteration"]
     net = torch.compile(model) if compile else model
     if world_size > 1:
         net = torch.nn.parallel.DistributedDataParallel(net)
     trained, averaged = build(net, config, device), build(ema, config, device)
 
-    # What is evaluated, always with the same noise: held-out pictures, and a grid with a row for each class.
+    # What is evaluated, always with the same noise: held-out pictures, and a row for each class.
     fixed = torch.Generator().manual_seed(0)
     x_val, y_val = x_val[:256].float() / 127.5 - 1, y_val[:256]
     noise = torch.randn(x_val.shape, generator=fixed).to(device)
     u = torch.rand(len(x_val), generator=fixed).to(device)
     grid_noise = torch.randn(100, *picture_shape, generator=fixed).to(device)
-    grid_labels = (torch.arange(100) // 10 % num_classes if num_classes else torch.full((100,), -1)).to(device)
+    row = torch.arange(100, device=device) // 10
+    grid_labels = row % num_classes if num_classes else torch.full_like(row, -1)
 
     pictures_per_iter = batch_size * gradient_accumulation_steps * world_size
-    run = Run(out_dir, processes, it, max_iters, pictures_per_iter, resumed=bool(checkpoint), overwrite=overwrite)
-    run.say(f"{METHOD} on {dataset}: {len(x_train)} pictures of {picture_shape}, {num_classes} classes")
+    run = Run(out_dir, processes, it, max_iters, pictures_per_iter, bool(checkpoint), overwrite)
+    run.say(f"{METHOD} on {dataset}: {len(x_train)} pictures of {picture_shape}, "
+            f"{num_classes} classes")
     run.say(describe_model(ema, t=u[:1], x=x_val[:1], y=y_val[:1]))
     run.say(f"{device}, {dtype}, {'compiled' if compile else 'not compiled'}, "
             f"{world_size} process{'es' if world_size > 1 else ''}")
@@ -481,16 +508,16 @@ if __name__ == "__main__":
         for group in optimizer.param_groups:
             group.update(lr=lr, weight_decay=weight_decay)
         for micro in range(gradient_accumulation_steps):
-            # A seed for each batch: a resumed run draws what it would have drawn without a stop.
+            # A seed for each batch: a run that is resumed draws what it would have drawn anyway.
             torch.manual_seed(hash((seed, it, micro * world_size + rank)))
             x, y = get_batch(x_train, y_train)
-            if world_size > 1:                       # gradients are exchanged once, with the last batch
+            if world_size > 1:                       # gradients are exchanged once, with the last
                 net.require_backward_grad_sync = micro == gradient_accumulation_steps - 1
             with autocast:
                 loss = trained.loss(x, y)
             scaler.scale(loss / gradient_accumulation_steps).backward()
             losses += torch.stack([loss.detach(), torch.ones_like(loss)])
-        scaler.unscale_(optimizer)                   # what is clipped is the true gradient
+        scaler.unscale_(optimizer)                   # the norm to clip is that of true gradients
         if grad_clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
         scaler.step(optimizer)                       # does nothing if a float16 gradient overflowed
@@ -503,8 +530,7 @@ if __name__ == "__main__":
         logging = it % log_interval == 0 or evaluating
         if not (run.stop_requested() or logging):
             continue
-        processes.average(losses)                    # only here is a GPU waited for
-        loss, speed = (losses[0] / losses[1]).item(), run.speed(it)
+        loss, speed = run.mean(losses), run.speed(it)    # only here is a GPU waited for
         with autocast:
             held_out = evaluate(averaged, x_val, y_val, noise, u) if evaluating else []
         run.require_finite(it, [loss, *held_out], model)

@@ -1,18 +1,18 @@
 """
 Draw pictures with a checkpoint of ddpm.py or cfm.py, or measure how likely real ones are under it.
 
-    python sample.py --out_dir=out/cfm                                      # a grid: out/cfm/samples.png
-    python sample.py --out_dir=out/cfm --labels=3,1,4 --guidance=2          # threes, ones, fours in turn
-    python sample.py --out_dir=out/ddpm --sampler=ddim --eta=1 --steps=50 --save=digits    # a folder of PNGs
-    python sample.py --out_dir=out/cfm --n_samples=30 --steps=40 --save=digits.gif   # the way from noise
-    python sample.py --out_dir=out/cfm --n_samples=10000 --save=samples.npz # for FID tools, or to train on
-    python sample.py --out_dir=out/ddpm --task=likelihood --n_samples=200   # bits/dim of held-out pictures
+    python sample.py --out_dir=out/cfm                                # a grid: out/cfm/samples.png
+    python sample.py --out_dir=out/cfm --labels=3,1,4 --guidance=2    # threes, ones, fours in turn
+    python sample.py --out_dir=out/ddpm --sampler=ddim --eta=1 --steps=50 --save=digits    # PNGs
+    python sample.py --out_dir=out/cfm --n_samples=30 --steps=40 --save=digits.gif  # from noise on
+    python sample.py --out_dir=out/cfm --n_samples=10000 --save=samples.npz         # for FID tools
+    python sample.py --out_dir=out/ddpm --task=likelihood --n_samples=200    # bits/dim of real ones
 
-A sampler is a function of a velocity v(tau, z), of noise z, and of the times taus between which it steps.
-For both methods z = tau data + (1 - tau) noise is a point on a straight line from noise to data, and the
-velocity is E[data - noise | z]. That is what cfm.py learns; ddpm.py's model knows it in other words. So
-v also gives predictions of the data, z + (1 - tau) v, and of the noise, z - tau v. On the curved paths of
-cfm.py v is a velocity and nothing else, so there are no such predictions.
+A sampler is a function of a velocity v(tau, z), of noise z, and of the times taus between which it
+steps. A point on the straight line from noise to data is z = tau data + (1 - tau) noise, and its
+velocity is E[data - noise | z]: cfm.py learns it, and ddpm.py's model knows it in other words. It
+contains predictions of the data, z + (1 - tau) v, and of the noise, z - tau v. On a curved path of
+cfm.py v is a velocity and nothing else, so samplers that need predictions do not go with it.
 
 The same seed gives the same pictures, whatever the batch_size, up to rounding.
 """
@@ -25,22 +25,24 @@ import torch
 
 # -----------------------------------------------------------------------------
 out_dir = "out/cfm"       # of the run whose ckpt.pt is used
-task = "draw"             # or interpolate: each row from one noise to another; reconstruct: held-out pictures
-#                           to noise and back; likelihood: bits/dim of held-out pictures
+task = "draw"             # or interpolate: each row leads from one noise to another;
+#                           reconstruct: held-out pictures to noise and back;
+#                           likelihood: bits/dim of held-out pictures
 n_samples = 100           # pictures to draw, or held-out pictures to take
-save = "auto"             # .png: a grid; .gif: the grid as it forms; .npz: arr_0, uint8 (N, H, W, C), and
-#                           arr_1, labels (N,); anything else: a folder of PNGs; auto: a grid in out_dir
-sampler = "auto"          # euler, midpoint, heun, rk4, dopri5, ddim, dpm++ or ancestral; auto: that of the
-#                           run's grids, to reconstruct rk4, for a likelihood dopri5
-steps = 0                 # 0: those of the run's grids, or 20 to reconstruct; ancestral takes all of them,
-#                           dopri5 as many as it needs
-eta = 0.0                 # noise in a ddim step: 0 for none, 1 for as much as in ancestral sampling
-clip = True               # keep predicted pictures within [-1, 1]; with cfm only ddim and dpm++ predict any
-atol = 1e-4               # the error that dopri5 allows in a step: absolute
+save = "auto"             # x.png: a grid; x.gif: the grid as it forms; x.npz: arr_0, uint8
+#                           (N, H, W, C), and arr_1, labels (N,); x: a folder of PNGs;
+#                           auto: a grid in out_dir
+sampler = "auto"          # euler, midpoint, heun, rk4, dopri5, ddim, dpm++ or ancestral; auto: that
+#                           of the run's grids, but rk4 to reconstruct, dopri5 for a likelihood
+steps = 0                 # 0: as many as the run's grids have, but 20 to reconstruct; ancestral
+#                           takes all there are, dopri5 as many as it needs
+eta = 0.0                 # noise in a step of ddim: from 0, none, to 1, as in ancestral sampling
+clip = True               # keep predicted pictures in [-1, 1], where a sampler predicts any
+atol = 1e-4               # the error that dopri5 allows in a step: absolute,
 rtol = 1e-4               # and relative
-exact = False             # likelihood of cfm: exact divergence, for tiny pictures; false: an estimate
-guidance = 1.0            # 1: the conditional model as it is; 0: the unconditional; above 1: exaggerated labels
-guidance_interval = (0.0, 1.0)  # the times, 0 at the noise and 1 at the data, between which guidance acts
+exact = False             # likelihood of cfm: exact, for tiny pictures; false: an estimate
+guidance = 1.0            # 1: the conditional model; 0: the unconditional; above: exaggerated labels
+guidance_interval = (0.0, 1.0)  # where guidance acts, from 0, the noise, to 1, the data
 labels = ()               # the classes to draw, in turn: 3 or 3,1,4; (): all of them
 seed = 0                  # of the noise
 ema = True                # the averaged weights; false: the latest
@@ -59,7 +61,7 @@ LIMITS = {
 }
 
 
-# ---- samplers of any flow: v(tau, z) with tau a number or (B,), z (B, *dim), taus a list of numbers ----
+# ---- samplers of any flow: v(tau, z), tau a number or (B,); z (B, *dim); taus a list of numbers ----
 
 def euler(v, z, taus):
     """Order 1."""
@@ -78,9 +80,10 @@ def midpoint(v, z, taus):
 
 def heun(v, z, taus):
     """
-    Order 2: the mean of the velocities at both ends of a step, as in Karras et al. 2022 (arXiv 2206.00364).
+    Order 2: the mean of the velocities at both ends of a step.
 
-    As there, a step that ends at the data is one of Euler's: there the velocity is known least.
+    As in Karras et al. 2022 (arXiv 2206.00364), algorithm 1, a step that ends at the data is one of
+    Euler's: there, the velocity is known least.
     """
     for t, s in pairwise(taus):
         now = v(t, z)
@@ -111,14 +114,14 @@ DOPRI5 = [
     (1, [9017/3168, -355/33, 46732/5247, 49/176, -5103/18656]),
     (1, [35/384, 0, 500/1113, 125/192, -2187/6784, 11/84]),
 ]
-DOPRI5_ERROR = [71/57600, 0, -71/16695, 71/1920, -17253/339200, 22/525, -1/40]   # order 5 minus order 4
+DOPRI5_ERROR = [71/57600, 0, -71/16695, 71/1920, -17253/339200, 22/525, -1/40]  # order 5 less 4
 
 
 def dopri5(v, z, taus, atol=1e-4, rtol=1e-4):
     """
     Order 5, from the first of taus to the last in as many steps as the errors atol and rtol need.
 
-    Each picture has steps of its own length, so that it does not matter which others are in the batch.
+    Each picture has steps of its own length, so the others in the batch make no difference.
     FloatingPointError if no step is short enough.
     """
     start, end = taus[0], taus[-1]
@@ -131,14 +134,16 @@ def dopri5(v, z, taus, atol=1e-4, rtol=1e-4):
         h = torch.where(last, end - t, h)
         k = [first]
         for ahead, weights in DOPRI5:
-            ts = torch.where(last, end - (1 - ahead) * h, t + ahead * h)         # exactly the end, never beyond
+            ts = torch.where(last, end - (1 - ahead) * h, t + ahead * h)    # never beyond the end
             zs = z + h * sum(w * ki for w, ki in zip(weights, k))
             k.append(v(ts.flatten(), zs))
         error = h * sum(w * ki for w, ki in zip(DOPRI5_ERROR, k))
         error = error / (atol + rtol * torch.maximum(z.abs(), zs.abs()))
         error = error.flatten(1).square().mean(1).sqrt().reshape(shape)
         good = error <= 1
-        z, t, first = torch.where(good, zs, z), torch.where(good, ts, t), torch.where(good, k[-1], first)
+        z = torch.where(good, zs, z)
+        t = torch.where(good, ts, t)
+        first = torch.where(good, k[-1], first)
         h = h * (0.9 * error ** -0.2).clamp(0.2, 5).nan_to_num(0.2)
         if (h[t != end].abs() < 1e-6 * abs(end - start)).any():
             raise FloatingPointError("dopri5 cannot go on: the model is not finite, "
@@ -149,7 +154,7 @@ def dopri5(v, z, taus, atol=1e-4, rtol=1e-4):
 # ---- samplers of straight paths ----
 
 def predictions(tau, z, v, clip):
-    """The data and the noise in z according to velocity v, (B, *dim) each; the noise fits clipped data."""
+    """The data and the noise in z according to velocity v, (B, *dim); the noise fits clipped data."""
     data = z + (1 - tau) * v
     data = data.clamp(-1, 1) if clip else data
     return data, (z - tau * data) / (1 - tau)
@@ -157,9 +162,9 @@ def predictions(tau, z, v, clip):
 
 def ddim(v, z, taus, clip=True, eta=0.0, randn=torch.randn_like):
     """
-    Song et al. 2020 (arXiv 2010.02502), eq. 12 and 16: mix the predicted data and noise again, for each tau.
+    Song et al. 2020 (arXiv 2010.02502), eq. 12 and 16: mix predicted data and noise again.
 
-    Without clipping that is Euler's method. eta renews a part of the noise, randn(z) being noise like z.
+    Without clipping this is Euler's method. eta renews a part of the noise, by draws randn(z).
     """
     for t, s in pairwise(taus):
         data, noise = predictions(t, z, v(t, z), clip)
@@ -174,8 +179,8 @@ def dpm_solver(v, z, taus, clip=True):
     """
     DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095), algorithm 2.
 
-    As ddim, but with the data prediction extrapolated to the middle of the step, in a straight line in
-    lambda = log(tau / (1 - tau)). At the two ends, where lambda is infinite, it is ddim.
+    As ddim, but with the predicted data extrapolated to the middle of the step, in a straight line
+    in lambda = log(tau / (1 - tau)). At both ends, where lambda is infinite, it is ddim.
     """
     data_before, h_before = None, math.inf
     for t, s in pairwise(taus):
@@ -207,8 +212,8 @@ def flow(method, y=None, guidance=1.0, clip=False, interval=(0.0, 1.0), watch=No
     """
     The method's velocity as a function v(tau, z), tau a number or (B,), for labels y (B,) or None.
 
-    Guidance acts where tau is in the interval (Kynkaanniemi et al. 2024, arXiv 2404.07724). If there is a
-    watch, watch(tau, z) is called at each evaluation.
+    Guidance acts where tau is in the interval (Kynkaanniemi et al. 2024, arXiv 2404.07724).
+    watch(tau, z), if given, is called at each evaluation.
     """
     def v(tau, z):
         if watch:
@@ -227,8 +232,8 @@ def draw(method, noise, y=None, sampler="dpm++", steps=5, guidance=1.0, clip=Tru
     """
     Pictures (B, *dim), in about [-1, 1], from noise (B, *dim) and labels y (B,) or None.
 
-    A step of midpoint and heun takes 2 evaluations of the model, of rk4 4, of the others 1. options are the
-    sampler's own: eta, randn, atol, rtol. Raises ValueError where the sampler does not fit the path.
+    A step of midpoint and heun takes 2 evaluations of the model, of rk4 4, of the others 1. options
+    are the sampler's own: eta, randn, atol, rtol. ValueError if the sampler does not fit the path.
     """
     check_sampler(sampler, method)
     if sampler == "ancestral":
@@ -237,30 +242,30 @@ def draw(method, noise, y=None, sampler="dpm++", steps=5, guidance=1.0, clip=Tru
         options["clip"] = clip
     v = flow(method, y, guidance, clip, interval, watch)
     taus = method.times(2 if sampler == "dopri5" else steps, even=sampler in LOOK_AHEAD)
-    z = noise * math.hypot(taus[0], 1 - taus[0])             # its scale in z, where taus do not begin at 0
+    z = noise * math.hypot(taus[0], 1 - taus[0])             # where taus begin above 0, z is smaller
     z = SAMPLERS[sampler](v, z, taus, **options)
     return euler(v, z, [taus[-1], 1.0]) if taus[-1] < 1 else z       # the rest is one step
 
 
 @torch.no_grad()
 def encode(method, x, y=None, sampler="rk4", steps=20, **options):
-    """The noise (B, *dim) from which draw() makes the pictures x (B, *dim): the flow run backwards."""
+    """The noise from which draw() makes the pictures x (B, *dim): the flow run backwards."""
     v = flow(method, y)
     taus = method.times(2 if sampler == "dopri5" else steps, even=sampler in LOOK_AHEAD)[::-1]
     z = x - (1 - taus[0]) * v(taus[0], x) if taus[0] < 1 else x
     return SAMPLERS[sampler](v, z, taus, **options) / math.hypot(taus[-1], 1 - taus[-1])
 
 
-# ---- likelihoods, of both methods: what they measure is the same, and to train neither is needed ----
+# ---- likelihoods: here for both methods, as both measure one thing, and training needs neither ----
 
 @torch.no_grad()
 def bound(method, x0, y=None, randn=torch.randn_like):
     """
     The terms of DDPM's bound on -log2 p(x0), Ho et al., eq. 5, in bits/dim, (B,) each.
 
-    They are L_T, what is left of x0 at the end; the sum over t of KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} |
-    x_t)), at a draw of x_t each; and L_0, the discretised decoder of section 3.3. x0 (B, *dim) has 256 levels
-    from -1 to 1. That takes T evaluations of the model.
+    They are L_T, what is left of x0 at the end; the sum over t of KL(q(x_{t-1} | x_t, x_0) ||
+    p(x_{t-1} | x_t)), each at a draw of x_t; and L_0, the discretised decoder of section 3.3.
+    x0 (B, *dim) has 256 levels from -1 to 1. It takes T evaluations of the model.
     """
     def column(table, t):
         return table[t].reshape(-1, *[1] * (x0.dim() - 1))
@@ -272,35 +277,39 @@ def bound(method, x0, y=None, randn=torch.randn_like):
         t = torch.full((len(x0),), step, device=x0.device)
         xt = method.q_sample(x0, t, randn(x0))
         mean, var = method.p_mean(xt, t, y, clip=True), column(method.sigma2, t)
-        if step > 0:                                         # KL between Gaussians of variances var_q and var
-            var_q, gap = column(method.beta_tilde, t), method.q_posterior_mean(xt, t, x0) - mean
+        if step > 0:                                         # the KL between two Gaussians
+            var_q = column(method.beta_tilde, t)
+            gap = method.q_posterior_mean(xt, t, x0) - mean
             between = between + (var_q / var + gap.square() / var - 1 + (var / var_q).log()) / 2
 
     # L_0: the share of N(mean, var) between the edges of x0's level, which at the ends are infinite
     x0, mean, std = (v.cpu().double() for v in (x0, mean, var.sqrt()))
     low = ((x0 - 1 / 255 - mean) / std).masked_fill(x0 < -0.999, -math.inf)
     high = ((x0 + 1 / 255 - mean) / std).masked_fill(x0 > 0.999, math.inf)
-    low, high = torch.where(low > 0, -high, low), torch.where(low > 0, -low, high)   # the tail that is precise
+    swap = low > 0                                           # Phi is precise in the lower tail
+    low, high = torch.where(swap, -high, low), torch.where(swap, -low, high)
     low, high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
     decoder = -(high + torch.log1p(-torch.exp(low - high)))  # -log(Phi(high) - Phi(low))
-    return [nats.flatten(1).mean(1).float().cpu() / math.log(2) for nats in (prior, between, decoder)]
+    terms = [term.flatten(1).mean(1) for term in (prior, between, decoder)]
+    return [nats.float().cpu() / math.log(2) for nats in terms]
 
 
 def log_likelihood(method, x, y=None, sampler="dopri5", steps=20, probe=None, **options):
     """
     log p(x) in nats, (B,), of pictures x (B, *dim) under cfm.py's flow from N(0, I).
 
-    Along the flow, d log p / dtau = -div v (Chen et al. 2018, arXiv 1806.07366, theorem 1). The divergence is
-    exact, at the cost of a gradient for each entry of x, or, with a probe like x of entries 1 and -1,
-    Hutchinson's estimate probe . (dv / dz probe), the probe being the same all along (Grathwohl et al. 2018,
-    arXiv 1810.01367, section 3.1). ValueError if the flow does not go all the way, as ddpm.py's: see bound().
+    Along the flow, d log p / dtau = -div v (Chen et al. 2018, arXiv 1806.07366, theorem 1). Without
+    a probe the divergence is exact, at the cost of a gradient for each entry of x. With a probe like
+    x, of entries 1 and -1, it is Hutchinson's estimate probe . (dv / dz probe), with the same probe
+    all along (Grathwohl et al. 2018, arXiv 1810.01367, section 3.1). ValueError for a flow that ends
+    short of the data, as ddpm.py's does: it has a bound().
     """
     v = flow(method, y)
     taus = method.times(2 if sampler == "dopri5" else steps, even=sampler in LOOK_AHEAD)[::-1]
     if (taus[-1], taus[0]) != (0, 1):
-        raise ValueError("the flow must go from tau = 0 to 1: the likelihood of a DenoiseDiffusion is its bound()")
+        raise ValueError("the flow must go from tau = 0 to tau = 1; a DenoiseDiffusion has its bound()")
 
-    def with_divergence(tau, state):                         # (B, 1 + D): the divergence so far, and z
+    def with_divergence(tau, state):                         # (B, 1 + D): the divergence, then z
         with torch.enable_grad():
             z = state[:, 1:].detach().reshape(x.shape).requires_grad_()
             dz = v(tau, z)
@@ -308,8 +317,10 @@ def log_likelihood(method, x, y=None, sampler="dopri5", steps=20, probe=None, **
                 product, = torch.autograd.grad((dz * probe).sum(), z)
                 div = (product * probe).flatten(1).sum(1)
             else:
-                rows = [torch.autograd.grad(d, z, retain_graph=True)[0] for d in dz.flatten(1).sum(0)]
-                div = sum(row.flatten(1)[:, i] for i, row in enumerate(rows))
+                div = 0
+                for i, entry in enumerate(dz.flatten(1).sum(0)):
+                    gradient, = torch.autograd.grad(entry, z, retain_graph=True)
+                    div = div + gradient.flatten(1)[:, i]
         return torch.cat([div[:, None], dz.flatten(1)], 1).detach()
 
     state = torch.cat([torch.zeros_like(x.flatten(1)[:, :1]), x.flatten(1)], 1)
@@ -319,15 +330,16 @@ def log_likelihood(method, x, y=None, sampler="dopri5", steps=20, probe=None, **
 
 
 def slerp(a, b, share):
-    """A point on the arc from noise a to noise b: unlike one on the chord, it is as long as noise is."""
-    angle = torch.acos(torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0))
+    """A point on the arc from noise a to noise b. One on the chord would be too short for noise."""
+    cosine = torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0)
+    angle = torch.acos(cosine)
     return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
 
 
 # ---- the command ----
 
 def check_request(config, is_ddpm, num_classes, auto):
-    """Calls fail() where the options, which are globals, do not go together or with the run's config."""
+    """Calls fail() where options, which are globals, do not fit each other or the run's config."""
     from configurator import fail
 
     real = task in ("reconstruct", "likelihood")
@@ -343,9 +355,11 @@ def check_request(config, is_ddpm, num_classes, auto):
     if eta and sampler != "ddim":
         fail(f"--eta={eta} goes with --sampler=ddim, not with {sampler}")
     if eta and not is_ddpm and (config["path"] != "icfm" or config["sigma"]):
-        fail(f"--eta={eta}: the noise to renew is independent of the data only for --path=icfm and --sigma=0")
+        fail(f"--eta={eta}: the noise to renew is independent of the data only for --path=icfm "
+             "and --sigma=0")
     if task == "likelihood" and is_ddpm and (not auto or steps):
-        fail("--task=likelihood of ddpm is the bound, over all its steps: leave out --sampler and --steps")
+        fail("--task=likelihood of ddpm is the bound, over all its steps: "
+             "leave out --sampler and --steps")
     if task == "likelihood" and save != "auto":
         fail(f"--save={save}: a likelihood is printed, not saved")
     if exact and (task != "likelihood" or is_ddpm):
@@ -358,21 +372,22 @@ def check_request(config, is_ddpm, num_classes, auto):
     if guidance != 1 and real:
         fail(f"--guidance={guidance}: the flow is that of the model as it is")
     if guidance != 1 and not num_classes:
-        fail(f"--guidance={guidance}: the model was trained without labels, so it has nothing to be guided by")
+        fail(f"--guidance={guidance}: the model was trained without labels, "
+             "so it has nothing to be guided by")
     if guidance != 1 and not config["label_dropout"]:
-        fail(f"--guidance={guidance}: the model was trained with --label_dropout=0, so it knows no picture "
-             "without a label")
+        fail(f"--guidance={guidance}: the model was trained with --label_dropout=0, "
+             "so it knows no picture without a label")
     if len(guidance_interval) != 2 or guidance_interval[0] > guidance_interval[1]:
         fail(f"--guidance_interval={guidance_interval}: must be two times, such as 0.2,0.8")
     if guidance_interval != (0, 1) and (guidance == 1 or sampler in ("dopri5", "ancestral")):
-        fail("--guidance_interval goes with a --guidance, and not with dopri5 or ancestral sampling")
+        fail("--guidance_interval goes with a --guidance, but not with dopri5 or ancestral")
     if Path(save).suffix == ".gif" and (task != "draw" or sampler in ("dopri5", "ancestral")):
         fail(f"--save={save}: a .gif has a frame a step, so it goes with --task=draw and not with "
              "dopri5 or ancestral sampling")
 
 
 def claim(path):
-    """Calls fail() unless the path can be written to and nothing there would be lost: before hours of work."""
+    """Calls fail() if the path cannot be written to, or to do so would mix up what is there."""
     import tempfile
 
     from configurator import explained, fail
@@ -380,7 +395,8 @@ def claim(path):
     with explained(f"--save={path}: "):
         taken = path.is_dir() and (path.suffix or any(path.iterdir()))
         if path.suffix not in (".png", ".gif", ".npz", "") or taken:
-            fail(f"--save={path}: must end in .png, .gif or .npz, or else be a new or empty folder without a dot")
+            fail(f"--save={path}: must end in .png, .gif or .npz, "
+                 "or else be a new or empty folder without a dot")
         folder = path.parent if path.suffix else path
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -391,30 +407,32 @@ def save_gif(file, frames, seconds=3.0):
     from torchvision.transforms.functional import to_pil_image
     from torchvision.utils import make_grid
 
-    grids = [make_grid(x, nrow=10, normalize=True, value_range=(-1, 1), padding=0) for x in frames]
-    pictures = [to_pil_image(grid).quantize(32) for grid in grids]       # few colours make a small file
-    pause = 1000 * seconds / len(pictures)                               # milliseconds
+    grids = [make_grid(x, nrow=10, normalize=True, value_range=(-1, 1)) for x in frames]
+    pictures = [to_pil_image(grid).quantize(32) for grid in grids]      # few colours, a small file
+    pause = 1000 * seconds / len(pictures)                              # in milliseconds
     pictures[0].save(file, format="gif", save_all=True, append_images=pictures[1:], loop=0,
                      duration=[pause] * (len(pictures) - 1) + [2000])
 
 
 class Draws:
-    """Random numbers for pictures by their numbers, a generator each: the batch makes no difference."""
+    """Random numbers for each picture from a generator of its own, so that batches do not matter."""
 
     def __init__(self, numbers, shape, device):
         self.numbers, self.shape, self.device = numbers, shape, device
         self.sources = [torch.Generator().manual_seed(hash((seed, n))) for n in numbers]
 
     def randn(self, like=None):
-        """Normal draws (B, *shape); samplers call it with a tensor of this shape."""
-        return torch.stack([torch.randn(self.shape, generator=source) for source in self.sources]).to(self.device)
+        """Normal draws (B, *shape). Samplers call it with a tensor of this shape."""
+        draws = [torch.randn(self.shape, generator=source) for source in self.sources]
+        return torch.stack(draws).to(self.device)
 
     def rand(self):
         """Uniform draws (B, *shape)."""
-        return torch.stack([torch.rand(self.shape, generator=source) for source in self.sources]).to(self.device)
+        draws = [torch.rand(self.shape, generator=source) for source in self.sources]
+        return torch.stack(draws).to(self.device)
 
     def between(self):
-        """Noise (B, *shape) that goes in ten pictures from one to another, and then from a third to a fourth."""
+        """Noise (B, *shape) that leads, in ten pictures each, from one noise to another."""
         noise = []
         for n in self.numbers:
             ends = [torch.Generator().manual_seed(hash((seed, n // 10, end))) for end in (0, 1)]
@@ -455,14 +473,16 @@ if __name__ == "__main__":
         model = UNet(**checkpoint["model_args"]).eval().requires_grad_(False)
         model = model.to(memory_format=torch.channels_last)
         model.load_state_dict(checkpoint["ema" if ema else "model"])
-        num_classes, (C, H, W) = checkpoint["model_args"]["num_classes"], checkpoint["picture_shape"]
+        num_classes = checkpoint["model_args"]["num_classes"]
+        C, H, W = checkpoint["picture_shape"]
 
     # what is asked for, and whether it can be had
     auto, real = sampler == "auto", task in ("reconstruct", "likelihood")
     if auto:
         sampler = {"reconstruct": "rk4", "likelihood": "dopri5"}.get(task, config["sampler"])
     if sampler not in script.LIMITS["sampler"]:
-        fail(f"--sampler={sampler} is not for {script.METHOD}, choose {' or '.join(script.LIMITS['sampler'])}")
+        fail(f"--sampler={sampler} is not for {script.METHOD}, "
+             f"choose {' or '.join(script.LIMITS['sampler'])}")
     check_request(config, is_ddpm, num_classes, auto)
     with explained():
         check_sampler(sampler, script.build(None, config))
@@ -471,22 +491,26 @@ if __name__ == "__main__":
     if real or sampler == "dopri5":                          # their errors are smaller than TF32's
         torch.backends.cudnn.allow_tf32 = False
         torch.set_float32_matmul_precision("highest")
-    save = Path(out_dir, f"{'samples' if task == 'draw' else task}.png") if save == "auto" else Path(save)
+    if save == "auto":
+        save = Path(out_dir, "samples.png" if task == "draw" else f"{task}.png")
+    save = Path(save)
     with explained(f"--n_samples={n_samples}: "):
         pictures = np.empty((n_samples, H, W, C), np.uint8)
     if real:
         with explained(f"the data of the run, {config['dataset']}: "):
-            _, (x_val, y_val) = load_data(config["dataset"], config["data_dir"], config["image_size"])
+            where = config["dataset"], config["data_dir"], config["image_size"]
+            _, (x_val, y_val) = load_data(*where)
         if tuple(x_val.shape[1:]) != (C, H, W) or num_classes and y_val.max() >= num_classes:
-            fail(f"the data of the run, {config['dataset']}, has changed: its model is for {C, H, W} and "
-                 f"{num_classes} classes")
+            fail(f"the data of the run, {config['dataset']}, has changed: "
+                 f"its model is for {C, H, W} and {num_classes} classes")
         if n_samples > len(x_val):
             fail(f"--n_samples={n_samples}: only {len(x_val)} pictures are held out")
         y = y_val[:n_samples] if num_classes else torch.full((n_samples,), -1)
     else:
         in_a_row = 10 if task == "interpolate" else 1
-        y = torch.tensor((labels or range(num_classes)) if num_classes else [-1]).repeat_interleave(in_a_row)
-        y = y.repeat(-(-n_samples // len(y)))[:n_samples]
+        classes = (labels or range(num_classes)) if num_classes else [-1]
+        y = torch.tensor(classes).repeat_interleave(in_a_row)
+        y = y.repeat(math.ceil(n_samples / len(y)))[:n_samples]
     if task != "likelihood":
         claim(save)
 
@@ -503,10 +527,13 @@ if __name__ == "__main__":
 
     model.register_forward_hook(count)
     by_bound = task == "likelihood" and is_ddpm
-    how = ("the bound, all steps" if by_bound else "ancestral, all steps" if sampler == "ancestral" else
-           f"dopri5, atol {atol}, rtol {rtol}" if sampler == "dopri5" else f"{sampler}, {steps} steps")
-    say(f"{task} {n_samples} pictures by {script.METHOD}, iteration {checkpoint['iteration']}: {how}, "
-        f"guidance {guidance}, on {device}")
+    how = f"{sampler}, {steps} steps"
+    if by_bound or sampler == "ancestral":
+        how = f"{'the bound' if by_bound else 'ancestral'}, all steps"
+    elif sampler == "dopri5":
+        how = f"dopri5, atol {atol}, rtol {rtol}"
+    say(f"{task} {n_samples} pictures by {script.METHOD}, iteration {checkpoint['iteration']}: "
+        f"{how}, guidance {guidance}, on {device}")
 
     requested, start = catch_stop_signals(), time.monotonic()
     options = {"atol": atol, "rtol": rtol} if sampler == "dopri5" else {}
@@ -525,10 +552,11 @@ if __name__ == "__main__":
             if by_bound:
                 bits.append(torch.stack(bound(method, x / 127.5 - 1, label, draws.randn)))
             elif task == "likelihood":
-                u = draws.rand()                             # spreads each level over its width, 1 / 127.5
+                # Levels are spread over their width, 1 / 127.5. The log-probability of a level is at
+                # least the mean of the log-density there, less log(127.5).
+                spread = (x + draws.rand() - 0.5) / 127.5 - 1
                 probe = None if exact else draws.randn().sign()
-                nats = log_likelihood(method, (x + u - 0.5) / 127.5 - 1, label, sampler, steps, probe, **options)
-                # a level's log-probability is at least its mean log-density less log(127.5)
+                nats = log_likelihood(method, spread, label, sampler, steps, probe, **options)
                 bits.append(math.log2(127.5) - nats[None].cpu() / (C * H * W * math.log(2)))
             else:
                 noise = draws.between() if task == "interpolate" else draws.randn()
@@ -543,8 +571,9 @@ if __name__ == "__main__":
                 pictures[i:i + batch_size] = to_bytes(x)
                 if save.suffix == "":
                     for n, picture in enumerate(pictures[i:i + batch_size], i):
+                        picture = Image.fromarray(picture.squeeze(2) if C == 1 else picture)
                         with explained(f"--save={save}: ", OSError):
-                            Image.fromarray(picture.squeeze(2) if C == 1 else picture).save(save / f"{n:06d}.png")
+                            picture.save(save / f"{n:06d}.png")
         most, done = max(most, evaluations), i + len(label)
         if done < n_samples and requested:
             say(f"stopped after {done} of {n_samples}")
@@ -560,21 +589,23 @@ if __name__ == "__main__":
     if task == "likelihood":
         bits = torch.cat(bits, 1)                            # (terms, n_samples)
         names = "L_T", "KL of the steps between", "L_0"
-        terms = ", of " + " + ".join(f"{name} {term:.4f}" for name, term in zip(names, bits.mean(1)))
+        terms = [f"{name} {term:.4f}" for name, term in zip(names, bits.mean(1))]
         error = f" +- {bits.sum(0).std() / math.sqrt(n_samples):.4f}" if n_samples > 1 else ""
-        say(f"at most {bits.sum(0).mean():.4f}{error} bits/dim (mean of {n_samples} held-out pictures, "
-            f"and its error){terms if by_bound else ''}; {took}")
+        say(f"at most {bits.sum(0).mean():.4f}{error} bits/dim (mean of {n_samples} held-out "
+            f"pictures, and its error){', of ' + ' + '.join(terms) if by_bound else ''}; {took}")
         raise SystemExit(code)
     if task == "reconstruct":
         gap = pictures - x_val[:n_samples].permute(0, 2, 3, 1).numpy().astype(float)
-        say(f"restored to {np.sqrt((gap**2).mean()):.3f} of 255 grey levels (rms), {abs(gap).max():.0f} at worst")
+        say(f"restored to {np.sqrt((gap**2).mean()):.3f} of 255 grey levels (rms), "
+            f"{abs(gap).max():.0f} at worst")
     if save.suffix:                                          # else they are there already
         with explained(f"--save={save}: ", OSError), atomic_write(save) as f:
             if save.suffix == ".png":
-                save_image(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255, f, nrow=10, format="png")
+                x = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255
+                save_image(x, f, nrow=10, format="png")
             elif save.suffix == ".gif":
                 save_gif(f, [torch.cat(parts) for parts in zip(*frames)])
             else:
-                np.savez(f, pictures, *([y.numpy()] if num_classes else []))     # named arr_0, arr_1 by numpy
+                np.savez(f, pictures, *([y.numpy()] if num_classes else []))  # as arr_0, arr_1
     say(f"{took}: {save}")
     raise SystemExit(code)

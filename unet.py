@@ -6,11 +6,11 @@ Shapes, once and for all:  B pictures, C channels of H x W pixels.
     x  (B, C, H, W)  float, any H and W
     y  (B,)          long: a class in [0, num_classes), or -1 for no label
 
-It is that of Ho et al. 2020 (arXiv 2006.11239, appendix B): residual blocks at a few resolutions on the
-way down and again on the way up, where each also gets what its counterpart on the way down made. At
-their size it has as many parameters as theirs; its norms have 8 groups, and its attention heads 64
-channels. Two changes make it cheap: pixels may be folded into channels first (patch), and a convolution
-comes before an upsampling, not after it. Below the model is the optimizer for its kernels.
+It is that of Ho et al. 2020 (arXiv 2006.11239, appendix B): residual blocks at a few resolutions on
+the way down and again on the way up, where each also gets what its counterpart on the way down
+made. At their size it has as many parameters as theirs, but its norms have 8 groups, and its
+attention heads 64 channels. Two changes make it cheap: pixels may be folded into channels first
+(patch), and a convolution comes before an upsampling, not after it. Below it is an optimizer.
 """
 import math
 from collections import defaultdict
@@ -41,11 +41,12 @@ def zero_init(layer):
 
 def time_embedding(t, dim, max_period=10_000):
     """
-    Cosines and sines of 1000 t at frequencies from 1 down to 1 / max_period: (B,) -> (B, dim), dim even.
+    Cosines and sines of 1000 t at frequencies from 1 to 1 / max_period: (B,) -> (B, dim), dim even.
 
-    The frequencies were chosen for t = 1 ... 1000: without the factor, times in [0, 1] would look alike.
+    The frequencies are meant for t = 1 ... 1000: without the factor, all t in [0, 1] look alike.
     """
-    frequency = torch.exp(-math.log(max_period) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    i = torch.arange(dim // 2, device=t.device)
+    frequency = torch.exp(-math.log(max_period) * i / (dim // 2))
     angle = 1000 * t[:, None] * frequency                       # (B, dim / 2)
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
@@ -77,7 +78,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = max(1, c // head_dim)
         if c % self.heads:
-            raise ValueError(f"attention over {c} channels: they do not divide into {self.heads} heads")
+            raise ValueError(f"attention over {c} channels: "
+                             f"they do not divide into {self.heads} heads")
         self.norm = Norm(c)
         self.qkv = nn.Conv2d(c, 3 * c, 1)
         self.out = zero_init(nn.Conv2d(c, c, 1))
@@ -91,7 +93,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.ModuleList):
-    """A residual block, and attention after it if it attends: (B, c_in, h, w) -> (B, c_out, h, w)"""
+    """A residual block, and attention if it attends: (B, c_in, h, w) -> (B, c_out, h, w)"""
 
     def __init__(self, c_in, c_out, emb, dropout, attends):
         super().__init__([
@@ -112,7 +114,7 @@ class UNet(nn.Module):
     n_res_blocks      blocks a level on the way down; on the way up it is one more
     attention_levels  levels whose blocks attend, from 0; the number after the last is the middle
     dropout           in [0, 1], inside the residual blocks
-    patch             patch x patch pixels are folded into channels: 1 for none, 2 works at half resolution
+    patch             patch x patch pixels are folded into channels: 2 works at half resolution
     num_classes       0 for a model without labels
 
     Raises ValueError where channels is odd or attention_levels names a level that does not exist.
@@ -123,21 +125,23 @@ class UNet(nn.Module):
         super().__init__()
         levels = len(channel_mults)
         if channels % 2:
-            raise ValueError(f"channels must be even, for the time embedding's pairs, but is {channels}")
+            raise ValueError("channels must be even, for the time embedding's pairs, "
+                             f"but is {channels}")
         if not set(attention_levels) <= set(range(levels + 1)):
-            raise ValueError(f"attention_levels {attention_levels}: levels go from 0 to {levels}, the middle")
+            raise ValueError(f"attention_levels {attention_levels}: "
+                             f"levels go from 0 to {levels}, the middle")
         self.channels = channels
         self.patch = patch
-        self.multiple = patch * 2 ** (levels - 1)               # H and W are padded to a multiple of this
+        self.multiple = patch * 2 ** (levels - 1)               # H and W are padded to multiples
         widths = [channels * m for m in channel_mults]
         emb = 4 * channels
 
         self.time = nn.Sequential(nn.Linear(channels, emb), nn.SiLU(), nn.Linear(emb, emb))
-        self.label = nn.Embedding(num_classes + 1, emb) if num_classes else None    # row 0: no label
+        self.label = nn.Embedding(1 + num_classes, emb) if num_classes else None    # 0: no label
         self.conv_in = nn.Conv2d(in_channels * patch**2, channels, 3, padding=1)
 
         c = channels                                            # the width so far
-        skips = [c]                                             # widths that the way up will be handed
+        skips = [c]                                             # widths that the way up will get
         self.down = nn.ModuleList()
         self.shrink = nn.ModuleList()
         self.up = nn.ModuleList()
@@ -160,13 +164,14 @@ class UNet(nn.Module):
         for i, width in reversed(list(enumerate(widths))):
             self.up.append(nn.ModuleList())
             for _ in range(n_res_blocks + 1):
-                self.up[-1].append(Block(c + skips.pop(), width, emb, dropout, i in attention_levels))
+                c += skips.pop()
+                self.up[-1].append(Block(c, width, emb, dropout, i in attention_levels))
                 c = width
             if i > 0:
                 self.grow.append(nn.Conv2d(c, c, 3, padding=1))
 
         self.norm_out = Norm(c)
-        self.conv_out = zero_init(nn.Conv2d(c, in_channels * patch**2, 3, padding=1))   # predicts 0 at first
+        self.conv_out = zero_init(nn.Conv2d(c, in_channels * patch**2, 3, padding=1))
 
     def forward(self, t, x, y=None):
         H, W = x.shape[-2:]
@@ -206,9 +211,9 @@ class UNet(nn.Module):
 
 def newton_schulz(g, steps=5):
     """
-    About the nearest matrices to g (n, a, b) with all singular values 1, by a Newton-Schulz iteration.
+    About the nearest matrices to g (n, rows, columns) whose singular values are all 1.
 
-    Jordan's coefficients raise small singular values fast, and bring all of them to between 0.7 and 1.2.
+    Jordan's coefficients raise small singular values fast, and bring all to between 0.7 and 1.2.
     """
     x = g if g.shape[1] <= g.shape[2] else g.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -223,10 +228,10 @@ class Muon(torch.optim.Optimizer):
     """
     Steps of the same length in all directions: Jordan et al. 2024, "Muon".
 
-    Of the momentum of a convolution's kernel, seen as a matrix (c_out, the rest), only the singular vectors
-    count. Steps are scaled to the size of AdamW's usual ones (Liu et al. 2025, arXiv 2502.16982, eq. 4), so
-    that one learning rate serves both: everything else goes by AdamW. torch.optim.Muon takes one matrix at a
-    time; taking those of one shape together needs a quarter of that on a CPU.
+    Of the momentum of a convolution's kernel, as a matrix (c_out, the rest), only the singular
+    vectors count. Steps are as large as AdamW's usual ones (Liu et al. 2025, arXiv 2502.16982,
+    eq. 4), so one learning rate serves both: everything else goes by AdamW. torch.optim.Muon takes
+    one matrix at a time; those of one shape together take a quarter of the time on a CPU.
     """
 
     def __init__(self, params, lr=4e-3, betas=(0.9, 0.99), momentum=0.95, weight_decay=0.01):
@@ -234,7 +239,7 @@ class Muon(torch.optim.Optimizer):
         for p in params:
             alike[p.shape if p.dim() == 4 else None].append(p)
         defaults = dict(lr=lr, betas=betas, momentum=momentum, weight_decay=weight_decay)
-        defaults["fused"] = True                                # has load_state_dict() move the steps, too
+        defaults["fused"] = True        # makes load_state_dict() move "step" to the device, too
         super().__init__([{"params": group} for group in alike.values()], defaults)
 
     @torch.no_grad()
@@ -254,7 +259,8 @@ class Muon(torch.optim.Optimizer):
         directions = []
         for p in params:
             mean = self.state[p]["mean"].lerp_(p.grad, 1 - momentum)
-            directions.append(p.grad.lerp(mean, momentum).flatten(1))   # Nesterov's: (c_out, c_in * 9)
+            ahead = p.grad.lerp(mean, momentum)                 # Nesterov's
+            directions.append(ahead.flatten(1))                 # (c_out, c_in * 9)
         directions = newton_schulz(torch.stack(directions))
         size = 0.2 * math.sqrt(max(directions.shape[1:]))
         for p, direction in zip(params, directions):
@@ -267,7 +273,10 @@ class Muon(torch.optim.Optimizer):
                 self.state[p]["square"] = torch.zeros_like(p)
                 self.state[p]["step"] = torch.zeros((), device=p.device)
         grads = [p.grad for p in params]
-        means, squares, steps = ([self.state[p][name] for p in params] for name in ("mean", "square", "step"))
+        means = [self.state[p]["mean"] for p in params]
+        squares = [self.state[p]["square"] for p in params]
+        steps = [self.state[p]["step"] for p in params]
         beta1, beta2 = group["betas"]
-        adamw(params, grads, means, squares, [], steps, fused=True, amsgrad=False, maximize=False,
-              lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=1e-8)
+        adamw(params, grads, means, squares, [], steps, lr=group["lr"], beta1=beta1, beta2=beta2,
+              weight_decay=group["weight_decay"], eps=1e-8,
+              fused=True, amsgrad=False, maximize=False)

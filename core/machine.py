@@ -1,4 +1,4 @@
-"""What a run computes on: device, precision, torch.compile, and the processes that torchrun starts."""
+"""What a run computes on: device, precision, torch.compile, and the processes of torchrun."""
 import contextlib
 import ctypes
 import os
@@ -18,7 +18,8 @@ def choose_machine(device="auto", dtype="auto", compile="auto"):
     Under torchrun each process gets its own GPU. On CUDA, what stays float32 may use TF32.
     """
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        device = next((name for name, there in available.items() if there), "cpu")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -38,16 +39,16 @@ def choose_machine(device="auto", dtype="auto", compile="auto"):
 
 
 def keep_freed_memory():
-    """Ask glibc to keep large freed blocks: to return and fetch them costs a fifth of a training step."""
+    """Have glibc keep large freed blocks: to return and fetch them is a fifth of a training step."""
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
     with contextlib.suppress(OSError, AttributeError):      # no glibc
         mallopt = ctypes.CDLL(None).mallopt
-        if mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25):    # the most of old glibc
+        if mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25):    # old: at most
             mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 class Processes:
-    """The processes of a run: this one's rank, their number world_size, and what they do together."""
+    """The processes of a run: this one's rank, their number, and what they do together."""
 
     def __init__(self, rank=0, world_size=1, group=None):
         self.rank, self.world_size = rank, world_size
@@ -56,7 +57,7 @@ class Processes:
 
     @contextlib.contextmanager
     def main_first(self):
-        """The main process does the block alone, a download say; then the others do, and find it done."""
+        """The main process does the block alone, say a download; then the others find it done."""
         if not self.is_main:
             dist.barrier(self.group)
         yield
@@ -82,7 +83,7 @@ class Processes:
         """End the process when all processes are done."""
         if self.world_size > 1:
             dist.barrier(self.group)     # the main process may still be drawing
-            os._exit(code)               # taking down gloo's threads one by one sometimes aborts the process
+            os._exit(code)               # taking down gloo's threads one by one may abort
         sys.exit(code)
 
 
@@ -110,7 +111,7 @@ def init_distributed(device):
 
 @torch.no_grad()
 def count_flops(model, **inputs):
-    """Floating-point operations of model(**inputs), two for a multiplication and addition; None if unknown."""
+    """Floating-point operations of model(**inputs), two a multiplication; None if unknown."""
     try:
         with FlopCounterMode(display=False) as counter:
             model(**inputs)
@@ -121,5 +122,6 @@ def count_flops(model, **inputs):
 
 def describe_model(model, **inputs):
     """A line about its size, the inputs being one picture's."""
-    line, flops = f"{sum(p.numel() for p in model.parameters()):,} parameters", count_flops(model, **inputs)
+    line = f"{sum(p.numel() for p in model.parameters()):,} parameters"
+    flops = count_flops(model, **inputs)
     return f"{line}, {flops / 1e6:.1f} MFLOP a picture in a forward pass" if flops else line

@@ -1,4 +1,4 @@
-"""The folder of a training run: its lock, checkpoints, log and pictures; and the signals that end it."""
+"""The folder of a training run: its lock, checkpoints, log and pictures. Signals that end a run."""
 import contextlib
 import io
 import math
@@ -17,15 +17,16 @@ from torchvision.utils import save_image
 from configurator import explained, fail, say
 
 COLUMNS = "iteration,loss,learning_rate,pictures_per_s,held_out,quarter1,quarter2,quarter3,quarter4"
-CONTENT = {"method": str, "config": dict, "model_args": dict, "picture_shape": tuple, "iteration": int,
-           "losses": torch.Tensor, "model": dict, "ema": dict, "optimizer": dict, "scaler": dict}
+CONTENT = {"method": str, "config": dict, "model_args": dict, "picture_shape": tuple,
+           "iteration": int, "losses": torch.Tensor, "model": dict, "ema": dict,
+           "optimizer": dict, "scaler": dict}
 
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """A file for bytes that takes its place at path when all are written, or not at all. Makes the folder."""
+    """A file for bytes that takes its place at path when all are written, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")   # another one for each writer
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")   # each writer's own
     try:
         with open(temporary, "xb") as f:
             yield f
@@ -38,7 +39,7 @@ def atomic_write(path):
 
 @contextlib.contextmanager
 def survive_disk_errors(path):
-    """A full disk or a folder that is gone does not end a run: a line says what could not be written."""
+    """A full disk or a folder that is gone does not end a run, but is reported in a line."""
     try:
         yield
     except OSError as e:
@@ -59,12 +60,13 @@ def require_no_run(folder):
     """Calls fail() if there is a checkpoint in the folder."""
     with explained(f"--out_dir={folder}: "):
         if holds_a_run(folder):
-            fail(f"{folder} holds a run: go on by --init_from=resume, or add --overwrite or another --out_dir")
+            fail(f"{folder} holds a run: go on by --init_from=resume, "
+                 "or add --overwrite or another --out_dir")
 
 
 def save_checkpoint(path, **content):
-    """Write tensors and plain values, whole or not at all; what was there becomes backup_path(path)."""
-    buffer = io.BytesIO()                            # torch.save() to a full disk does worse than raise
+    """Write tensors and plain values, whole or not at all; the older one goes to backup_path()."""
+    buffer = io.BytesIO()                            # to a full disk torch.save() does worse than raise
     torch.save(content, buffer)
     with atomic_write(path) as f:
         f.write(buffer.getbuffer())
@@ -87,7 +89,7 @@ def load_checkpoint(path, method=None):
     Calls fail() if it is not a whole checkpoint, or one of another method.
     """
     try:
-        if damaged := zipfile.ZipFile(path).testzip():              # torch.load() checks no checksums
+        if damaged := zipfile.ZipFile(path).testzip():   # torch.load() checks no checksums
             raise ValueError(f"{damaged} is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if type(checkpoint) is not dict or not all(isinstance(checkpoint.get(name), kind)
@@ -96,9 +98,12 @@ def load_checkpoint(path, method=None):
     except Exception as e:                           # a damaged file raises almost anything
         message = f"there is no whole checkpoint {path} ({' '.join(str(e).split())[:100]})"
         backup = backup_path(path)
-        fail(f"{message}; to take the one before it: mv {backup} {path}" if backup.exists() else message)
+        if backup.exists():
+            message = f"{message}; to take the one before it: mv {backup} {path}"
+        fail(message)
     if checkpoint["method"] != (method or checkpoint["method"]):
-        fail(f"{path} is a run of {checkpoint['method']}.py: resume it with that, or choose --out_dir")
+        fail(f"{path} is a run of {checkpoint['method']}.py: resume it with that, "
+             "or choose another --out_dir")
     return checkpoint
 
 
@@ -112,8 +117,9 @@ def catch_stop_signals():
         signal.signal(number, signal.SIG_DFL)
         requested.append(number)
         if os.environ.get("RANK", "0") == "0":
-            with contextlib.suppress(OSError):       # not print(): this may interrupt another print()
-                os.write(2, b"stopping when the work at hand is done; a second signal stops at once\n")
+            message = b"stopping when the work at hand is done; a second signal stops at once\n"
+            with contextlib.suppress(OSError):       # not print(), which this may interrupt
+                os.write(2, message)
 
     requested = []
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
@@ -138,20 +144,21 @@ def lock(folder):
 
 class Run:
     """
-    A training run as its folder shows it. Every process has one; only that of the main process writes.
+    A training run as its folder shows it. Every process has one; the main process's writes.
 
-    It starts, or is resumed, at an iteration; a run from scratch removes what an older one left. Calls fail()
-    if another run is writing to the folder, or has written to it since this one looked.
+    It starts, or is resumed, at an iteration. A run from scratch removes what an older one left.
+    Calls fail() if another run is writing to the folder, or has done so since this one looked.
     """
 
-    def __init__(self, out_dir, processes, iteration, max_iters, pictures_per_iter, resumed, overwrite):
+    def __init__(self, out_dir, processes, iteration, max_iters, pictures_per_iter,
+                 resumed, overwrite):
         self.folder = Path(out_dir)
         self.checkpoint = self.folder / "ckpt.pt"
         self.processes = processes
         self.max_iters, self.pictures_per_iter = max_iters, pictures_per_iter
         self.saved = iteration                       # of the newest checkpoint
         self.signals = catch_stop_signals()
-        self.stopping = 0                            # the number of the signal that some process received
+        self.stopping = 0                            # the signal that some process received
         if processes.is_main:
             with explained(f"--out_dir={out_dir}: "):
                 self.open_folder(iteration, resumed, overwrite)
@@ -164,11 +171,12 @@ class Run:
                    holds_a_run(self.folder) and not overwrite)
         if changed:
             fail(f"another run has written to {self.folder} meanwhile: start again")
-        old = [*self.folder.glob("ckpt*.tmp"), *self.folder.glob("log*.tmp"), *self.folder.glob("sample-*.tmp")]
+        patterns = ["ckpt*.tmp", "log.csv.*.tmp", "sample-*.tmp"]       # left when a run is killed
         if not resumed:
-            old += [self.checkpoint, backup_path(self.checkpoint), *self.folder.glob("sample-*.png")]
-        for path in old:
-            path.unlink(missing_ok=True)
+            patterns += ["ckpt.pt", "ckpt-previous.pt", "sample-*.png"]
+        for pattern in patterns:
+            for path in self.folder.glob(pattern):
+                path.unlink(missing_ok=True)
         self.rows = [COLUMNS, *self.rows_until(iteration)] if resumed else [COLUMNS]
         self.write_log()
 
@@ -184,17 +192,23 @@ class Run:
         with atomic_write(self.folder / "log.csv") as f:
             f.write("\n".join([*self.rows, ""]).encode())
 
+    def mean(self, losses):
+        """The mean loss of all processes, given each one's sum and number, (2,): these are averaged."""
+        self.processes.average(losses)
+        return (losses[0] / losses[1]).item()
+
     def stop_requested(self):
         """Was any process asked to stop? All of them get the same answer, so they stop together."""
         self.stopping = self.processes.maximum(max(self.signals, default=0))
         return bool(self.stopping)
 
     def require_finite(self, iteration, losses, model):
-        """Where a loss or a weight is not finite, end the run and spare the checkpoint from before."""
+        """Where a loss or a weight is not finite, end the run and spare the checkpoint."""
         weights = sum(p.detach().sum() for p in model.parameters())
         if not math.isfinite(sum(losses) + weights):
-            fail(f"the loss or a weight is not finite at iteration {iteration}: try a smaller --learning_rate, "
-                 f"or --dtype=float32; {self.checkpoint}, if there is one, is from before that")
+            fail(f"the loss or a weight is not finite at iteration {iteration}: "
+                 "try a smaller --learning_rate, or --dtype=float32; "
+                 f"{self.checkpoint}, if there is one, is from before that")
 
     def say(self, text):
         if self.processes.is_main:
@@ -210,17 +224,18 @@ class Run:
         return pictures / max(1e-9, time.monotonic() - self.clock)
 
     def log(self, iteration, loss, rate, speed, held_out, optimizer):
-        """A line on the screen, and a row of log.csv. rate is the learning rate; held_out five losses, or []."""
+        """A line on the screen and a row of log.csv. rate: of learning; held_out: five losses, or []."""
         if not self.processes.is_main:
             return
-        row = [f"{iteration},{loss:.6f},{rate:.3e},{speed:.0f}", *[f"{v:.6f}" for v in held_out or []]]
-        self.rows.append(",".join(row) + ",,,,," * (not held_out))
+        row = [str(iteration), f"{loss:.6f}", f"{rate:.3e}", f"{speed:.0f}"]
+        row += [f"{loss:.6f}" for loss in held_out] or [""] * 5
+        self.rows.append(",".join(row))
         with survive_disk_errors(self.folder / "log.csv"):
             self.write_log()
         minutes = (self.max_iters - iteration) * self.pictures_per_iter / speed / 60
         skipped = iteration - steps_taken(optimizer, iteration)
         say(f"iteration {iteration} of {self.max_iters}: loss {loss:.4f}, {speed:.0f} pictures/s, "
-            f"{minutes:.1f} min left" + (f", {skipped} steps skipped" if skipped else ""))
+            f"{minutes:.1f} min left{f', {skipped} steps skipped' if skipped else ''}")
 
     def save_checkpoint(self, **content):
         if not self.processes.is_main:
@@ -230,7 +245,7 @@ class Run:
             self.saved = content["iteration"]
 
     def save_grid(self, iteration, pictures, held_out):
-        """pictures (N, C, H, W) in [-1, 1], ten to a row; held_out: five losses, for the line that is said."""
+        """Pictures (N, C, H, W) in [-1, 1], ten to a row; held_out, five losses, are said with it."""
         if not self.processes.is_main:
             return
         png = self.folder / f"sample-{iteration}.png"
@@ -240,11 +255,11 @@ class Run:
             + f"drew {png.name}")
 
     def finish(self, iteration):
-        """End the process. The exit code is 0, or 128 and the signal's number, or 1 if the end was not saved."""
+        """End the process: with code 0, 128 and a signal's number, or 1 if the end was not saved."""
         code = 128 + self.stopping if self.stopping else 0
         if self.processes.is_main and self.saved < iteration:
-            say(f"the end, iteration {iteration}, could not be saved: {self.checkpoint}, if there, is older",
-                file=sys.stderr)
+            say(f"the end, iteration {iteration}, could not be saved: "
+                f"{self.checkpoint}, if there, is older", file=sys.stderr)
             code = 1
         elif iteration < self.max_iters:
             self.say(f"stopped, and saved at iteration {iteration}: "
@@ -253,5 +268,6 @@ class Run:
 
 
 def steps_taken(optimizer, default):
-    """AdamW's own count of its steps: it leaves out those that were skipped as a float16 gradient overflowed."""
-    return max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=default)
+    """AdamW's own count of its steps, without those skipped because a float16 gradient overflowed."""
+    counts = [int(state["step"]) for state in optimizer.state.values() if "step" in state]
+    return max(counts, default=default)
