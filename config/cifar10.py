@@ -17,6 +17,7 @@ dropout = 0.1
 batch_size = 128
 max_iters = 400_000
 muon = False                     # Adam, as in the published runs
+adam_beta2 = 0.999
 learning_rate = 2e-4
 warmup_iters = 5000
 decay_lr = False
