@@ -83,7 +83,7 @@ def heun(v, z, taus):
     Order 2: the mean of the velocities at both ends of a step.
 
     As in Karras et al. 2022 (arXiv 2206.00364), algorithm 1, a step that ends at the data is one of
-    Euler's: there, the velocity is known least.
+    Euler's. Theirs would divide by no noise there; ours have been trained least there.
     """
     for t, s in pairwise(taus):
         now = v(t, z)
@@ -208,6 +208,11 @@ def check_sampler(sampler, method):
                          "add --sampler=euler")
 
 
+def times(method, sampler, steps=2):
+    """The method's times between which the sampler steps. dopri5 looks only at the first and last."""
+    return method.times(2 if sampler == "dopri5" else steps, even=sampler in LOOK_AHEAD)
+
+
 def flow(method, y=None, guidance=1.0, clip=False, interval=(0.0, 1.0), watch=None):
     """
     The method's velocity as a function v(tau, z), tau a number or (B,), for labels y (B,) or None.
@@ -236,12 +241,13 @@ def draw(method, noise, y=None, sampler="dpm++", steps=5, guidance=1.0, clip=Tru
     are the sampler's own: eta, randn, atol, rtol. ValueError if the sampler does not fit the path.
     """
     check_sampler(sampler, method)
+    if tuple(interval) != (0, 1) and sampler in ("ancestral", "dopri5"):
+        raise ValueError(f"an interval of guidance does not go with {sampler}")
     if sampler == "ancestral":
         return method.sample(noise, y, guidance=guidance, clip=clip, **options)
     if sampler in STRAIGHT:
         options["clip"] = clip
-    v = flow(method, y, guidance, clip, interval, watch)
-    taus = method.times(2 if sampler == "dopri5" else steps, even=sampler in LOOK_AHEAD)
+    v, taus = flow(method, y, guidance, clip, interval, watch), times(method, sampler, steps)
     z = noise * math.hypot(taus[0], 1 - taus[0])             # where taus begin above 0, z is smaller
     z = SAMPLERS[sampler](v, z, taus, **options)
     return euler(v, z, [taus[-1], 1.0]) if taus[-1] < 1 else z       # the rest is one step
@@ -250,8 +256,8 @@ def draw(method, noise, y=None, sampler="dpm++", steps=5, guidance=1.0, clip=Tru
 @torch.no_grad()
 def encode(method, x, y=None, sampler="rk4", steps=20, **options):
     """The noise from which draw() makes the pictures x (B, *dim): the flow run backwards."""
-    v = flow(method, y)
-    taus = method.times(2 if sampler == "dopri5" else steps, even=sampler in LOOK_AHEAD)[::-1]
+    v, latest = flow(method, y), times(method, "dopri5")[-1]            # a time that the model knows
+    taus = [tau for tau in times(method, sampler, steps) if tau <= latest][::-1]
     z = x - (1 - taus[0]) * v(taus[0], x) if taus[0] < 1 else x
     return SAMPLERS[sampler](v, z, taus, **options) / math.hypot(taus[-1], 1 - taus[-1])
 
@@ -304,8 +310,7 @@ def log_likelihood(method, x, y=None, sampler="dopri5", steps=20, probe=None, **
     all along (Grathwohl et al. 2018, arXiv 1810.01367, section 3.1). ValueError for a flow that ends
     short of the data, as ddpm.py's does: it has a bound().
     """
-    v = flow(method, y)
-    taus = method.times(2 if sampler == "dopri5" else steps, even=sampler in LOOK_AHEAD)[::-1]
+    v, taus = flow(method, y), times(method, sampler, steps)[::-1]
     if (taus[-1], taus[0]) != (0, 1):
         raise ValueError("the flow must go from tau = 0 to tau = 1; a DenoiseDiffusion has its bound()")
 
@@ -408,7 +413,8 @@ def save_gif(file, frames, seconds=3.0):
     from torchvision.utils import make_grid
 
     grids = [make_grid(x, nrow=10, normalize=True, value_range=(-1, 1)) for x in frames]
-    pictures = [to_pil_image(grid).quantize(32) for grid in grids]      # few colours, a small file
+    colours = 16 if frames[0].shape[1] == 1 else 128                    # few make a small file
+    pictures = [to_pil_image(grid).quantize(colours) for grid in grids]
     pause = 1000 * seconds / len(pictures)                              # in milliseconds
     pictures[0].save(file, format="gif", save_all=True, append_images=pictures[1:], loop=0,
                      duration=[pause] * (len(pictures) - 1) + [2000])

@@ -1,7 +1,8 @@
 """
-Models that need no training: where the data is a mixture of Gaussians, so is what noise makes of it, and
-whatever the two methods learn can be computed by hand. One component gives closed forms throughout; with
-several in one dimension the flow is known too, for it cannot cross itself: each point keeps its quantile.
+Models that need no training: where the data is a mixture of Gaussians, so is what noise makes of
+it, and whatever the two methods learn can be computed by hand. One component gives closed forms
+throughout; with several in one dimension the flow is known too, for it cannot cross itself: each
+point keeps its quantile.
 """
 
 import math
@@ -10,7 +11,6 @@ import torch
 
 from cfm import ConditionalFlowMatcher, VelocityField
 from ddpm import DenoiseDiffusion
-from sample import Flow
 
 ONE = ((1.0, 0.2, 0.5),)  # weight, mean, standard deviation: of each entry of a picture
 TWO = ((0.3, -0.6, 0.25), (0.7, 0.5, 0.4))
@@ -52,7 +52,8 @@ def exact_cfm(mixture, matcher=None):
     def v_model(t, x, y=None):
         t, x = wide(t, x), x.double()
         noise = -(1 - t) * score(mixture, t, 1 - t, x)
-        slope = score(mixture, t, 1 - t, x)  # data = (x + (1 - t)^2 score) / t, which at t = 0 is its mean
+        slope = score(mixture, t, 1 - t, x)
+        # data = (x + (1 - t)^2 score) / t, which at t = 0 is its mean
         data = torch.where(t > 1e-9, (x + (1 - t) ** 2 * slope) / t.clamp(min=1e-9), mean(mixture))
         return (data - noise).float()
 
@@ -60,9 +61,9 @@ def exact_cfm(mixture, matcher=None):
 
 
 def exact_ddpm(mixture, n_steps=1000, **options):
-    """DenoiseDiffusion whose model predicts exactly what it is asked for, at any t, fractions included."""
+    """DenoiseDiffusion whose model predicts exactly what it is asked for, at any t or fraction."""
     method = DenoiseDiffusion(None, n_steps, **options)
-    taus = Flow(method).taus.double()
+    taus = method.tau.double()
 
     def eps_model(t, x, y=None):
         low = t.double().floor().long().clamp(max=n_steps - 2)
@@ -76,6 +77,19 @@ def exact_ddpm(mixture, n_steps=1000, **options):
     return method
 
 
+def count_calls(method):
+    """A list to which each later call of the method's model adds the size of its batch."""
+    name = "v_model" if isinstance(method, VelocityField) else "eps_model"
+    model, batches = getattr(method, name), []
+
+    def counting_model(t, x, y=None):
+        batches.append(len(x))
+        return model(t=t, x=x, y=y)
+
+    setattr(method, name, counting_model)
+    return batches
+
+
 def mean(mixture):
     return sum(w * m for w, m, _ in mixture)
 
@@ -86,9 +100,9 @@ def cdf(mixture, tau, x):
 
 
 def transported(mixture, method, noise):
-    """Where the exact flow of draw(method, noise) ends; from the least noise there is, in one step of ddim."""
-    times = Flow(method).times(2)
-    start, end = times[0], times[-1]
+    """Where the exact flow of draw() ends; from the least noise there is, in one step of ddim."""
+    taus = method.times(2, even=True)
+    start, end = taus[0], taus[-1]
     quantile = cdf(mixture, start, noise.double() * math.hypot(start, 1 - start))
     low, high = torch.full_like(quantile, -9), torch.full_like(quantile, 9)
     for _ in range(80):  # bisection

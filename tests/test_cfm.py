@@ -1,17 +1,25 @@
 """ConditionalFlowMatcher and VelocityField against closed forms."""
 
 import itertools
+import sys
 
 import pytest
 import torch
 
-from cfm import PATHS, ConditionalFlowMatcher, VelocityField, draw_times, guided, wide
+from cfm import (
+    PATHS,
+    ConditionalFlowMatcher,
+    VelocityField,
+    classifier_free_guidance,
+    draw_times,
+    expand_like,
+)
 
 M, S = 0.3, 0.5  # the data: N(M, S^2); the noise: N(0, 1)
 
 
 def exact_velocity(t, x, y=None):
-    """E[x1 - x0 | x_t = x] for independent x0 and x1, by hand: they are jointly Gaussian with x_t."""
+    """E[x1 - x0 | x_t = x] for independent x0 and x1, which are jointly Gaussian with x_t."""
     t = t.reshape(-1, *[1] * (x.dim() - 1))
     return M + (t * S**2 - (1 - t)) / (t**2 * S**2 + (1 - t) ** 2) * (x - t * M)
 
@@ -28,7 +36,8 @@ def test_path_and_order_of_draws(sigma, shape):
     assert torch.equal(xt, tb * x1 + (1 - tb) * x0 + sigma * eps)
     assert torch.equal(ut, x1 - x0)
     assert len(matcher.sample_location_and_conditional_flow(x0, x1)) == 3
-    assert torch.equal(matcher.sample_location_and_conditional_flow(x0, x1, t=torch.ones(5))[0], torch.ones(5))
+    t, _, _ = matcher.sample_location_and_conditional_flow(x0, x1, t=torch.ones(5))
+    assert torch.equal(t, torch.ones(5))
 
 
 @pytest.mark.parametrize("path", PATHS.values())
@@ -52,7 +61,7 @@ def test_velocity_is_the_derivative_of_the_path(path, shape):
     sigma_dot = (matcher.compute_sigma_t(t + h) - matcher.compute_sigma_t(t - h)) / (2 * h)
     xt = matcher.sample_xt(x0, x1, t, torch.randn(shape).double())
     growth = torch.as_tensor(sigma_dot / matcher.compute_sigma_t(t)).double()
-    u = wide(growth.expand(4), xt) * (xt - matcher.compute_mu_t(x0, x1, t)) + mu_dot
+    u = expand_like(growth.expand(4), xt) * (xt - matcher.compute_mu_t(x0, x1, t)) + mu_dot
     assert torch.allclose(u, matcher.compute_conditional_flow(x0, x1, t, xt), atol=1e-6)
 
 
@@ -90,9 +99,10 @@ def test_pairing_loses_nothing_and_stays_within_each_class():
     pytest.importorskip("scipy")
     x0, x1, y = torch.randn(40, 1, 2, 2), torch.randn(40, 1, 2, 2), torch.arange(40) % 4 - 1
     paired = PATHS["ot"]().pair(x0, x1, y)
-    order = [(x0 == p).flatten(1).all(1).nonzero().item() for p in paired]  # which noise each picture got
+    # which noise each picture got: of its own class, or for one without label, -1, of such a one
+    order = [(x0 == p).flatten(1).all(1).nonzero().item() for p in paired]
     assert sorted(order) == list(range(40)) and order != list(range(40))
-    assert torch.equal(y[order], y)  # pairs are formed among the pictures of a class, or of no label, -1
+    assert torch.equal(y[order], y)
     for label in y.unique():
         own = y == label
         assert torch.equal(paired[own], PATHS["ot"]().pair(x0[own], x1[own]))
@@ -108,10 +118,11 @@ def test_loss_pairs_with_the_labels_and_keeps_them():
 
     x1, x0, y = torch.randn(8, 3), torch.randn(8, 3), torch.arange(8) % 2
     matcher = PATHS["ot"]()
-    loss = VelocityField(v_model, matcher).loss(x1, x0, y, torch.zeros(8))
+    loss = VelocityField(v_model, matcher).loss(x1, y, noise=x0, u=torch.zeros(8))
     assert torch.equal(seen["x"], matcher.pair(x0, x1, y)) and torch.equal(seen["y"], y)
     assert loss.item() == pytest.approx((x1 - matcher.pair(x0, x1, y)).square().mean().item())
-    assert loss < VelocityField(v_model, ConditionalFlowMatcher()).loss(x1, x0, y, torch.zeros(8))
+    unpaired = VelocityField(v_model, ConditionalFlowMatcher())
+    assert loss < unpaired.loss(x1, y, noise=x0, u=torch.zeros(8))
 
 
 def test_a_bridge_keeps_off_its_ends():
@@ -132,7 +143,8 @@ def test_a_bridge_keeps_off_its_ends():
 def test_times_are_uniform_or_logit_normal():
     torch.manual_seed(0)
     uniform, logits = draw_times(100_000, 4, 1), torch.logit(draw_times(100_000, -0.4, 0))
-    assert (draw_times(1000, 4, 0.2) < 0.5).sum() == pytest.approx(100, abs=30)  # hardly any logit-normals
+    below = (draw_times(1000, 4, 0.2) < 0.5).sum()  # half of the uniform ones, hardly any others
+    assert below == pytest.approx(100, abs=30)
     assert uniform.mean().item() == pytest.approx(0.5, abs=0.01)
     assert uniform.var().item() == pytest.approx(1 / 12, rel=0.02)
     assert logits.mean().item() == pytest.approx(-0.4, abs=0.02)
@@ -144,10 +156,10 @@ def test_loss_of_the_exact_velocity_is_the_closed_form():
     torch.manual_seed(0)
     x1 = M + S * torch.randn(200_000, 1)
     t = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
-    expected = (1 + S**2 - (t * S**2 - (1 - t)) ** 2 / (t**2 * S**2 + (1 - t) ** 2)).mean().item()
-    assert VelocityField(exact_velocity, ConditionalFlowMatcher()).loss(x1).item() == pytest.approx(
-        expected, rel=0.02
-    )
+    explained = (t * S**2 - (1 - t)) ** 2 / (t**2 * S**2 + (1 - t) ** 2)
+    expected = (1 + S**2 - explained).mean().item()
+    exact = VelocityField(exact_velocity, ConditionalFlowMatcher())
+    assert exact.loss(x1).item() == pytest.approx(expected, rel=0.02)
     worse = VelocityField(lambda t, x, y: 1.2 * exact_velocity(t, x), ConditionalFlowMatcher())
     assert worse.loss(x1).item() > expected + 0.01
 
@@ -159,13 +171,9 @@ def test_loss_takes_noise_labels_and_times():
         seen.update(t=t, x=x, y=y)
         return torch.zeros_like(x)
 
-    x1, x0, y, u = (
-        torch.rand(4, 1, 2, 2),
-        torch.randn(4, 1, 2, 2),
-        torch.arange(4),
-        torch.tensor([0, 0.25, 0.5, 0.999]),
-    )
-    loss = VelocityField(v_model, ConditionalFlowMatcher()).loss(x1, x0, y, u)
+    x1, x0, y = torch.rand(4, 1, 2, 2), torch.randn(4, 1, 2, 2), torch.arange(4)
+    u = torch.tensor([0, 0.25, 0.5, 0.999])
+    loss = VelocityField(v_model, ConditionalFlowMatcher()).loss(x1, y, noise=x0, u=u)
     assert loss.item() == pytest.approx((x1 - x0).square().mean().item())
     assert torch.equal(seen["t"], u) and seen["y"] is y and torch.equal(seen["x"][0], x0[0])
 
@@ -178,8 +186,58 @@ def test_guidance_mixes_the_two_predictions_in_one_call():
         return x * 0 + (10.0 if y is None else torch.where(y < 0, 10.0, y.float()).reshape(-1, 1))
 
     t, x, y = torch.zeros(3), torch.zeros(3, 1), torch.tensor([0, 1, 2])
-    assert guided(model, t, x, y, 1).flatten().tolist() == [0, 1, 2]
-    assert guided(model, t, x, y, 0).flatten().tolist() == [10, 10, 10]
-    assert guided(model, t, x, y, 3).flatten().tolist() == [-20, -17, -14]
-    assert guided(model, t, x, None, 3).flatten().tolist() == [10, 10, 10]
+    for labels, scale, expected in (
+        (y, 1, [0, 1, 2]),
+        (y, 0, [10, 10, 10]),
+        (y, 3, [-20, -17, -14]),
+        (None, 3, [10, 10, 10]),
+    ):
+        found = classifier_free_guidance(model, t, x, labels, scale)
+        assert found.flatten().tolist() == expected
     assert calls == [3, 6, 6, 3]
+
+
+@pytest.mark.parametrize("path", ["ot", "sb"])
+def test_pairing_says_that_it_needs_scipy(path, monkeypatch):
+    matcher = PATHS[path](0.5)
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    with pytest.raises(ImportError, match="pip install scipy"):
+        matcher.pair(torch.randn(4, 3), torch.randn(4, 3))
+    with pytest.raises(ImportError, match="pip install scipy"):
+        VelocityField(exact_velocity, matcher).loss(torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_path_that_calls_itself_straight_is_a_line(path):
+    """Under the same noise the middle of it is the mean of its ends, and only then."""
+    matcher, ends = PATHS[path](0.3), (torch.zeros(4), torch.ones(4), torch.full((4,), 0.5))
+    x0, x1, epsilon = torch.randn(3, 4, 2, 3)
+    start, end, middle = (matcher.sample_xt(x0, x1, t, epsilon) for t in ends)
+    straight = torch.allclose(middle, (start + end) / 2, atol=1e-6)
+    assert straight == matcher.straight == (path in ("icfm", "ot", "target"))
+    assert VelocityField(exact_velocity, matcher).straight == matcher.straight
+
+
+def test_loss_draws_times_then_noise():
+    x1, field = torch.rand(6, 1, 2, 2), VelocityField(exact_velocity, ConditionalFlowMatcher(0.1))
+    torch.manual_seed(5)
+    found = field.loss(x1)
+    torch.manual_seed(5)
+    u, x0 = torch.rand(6), torch.randn_like(x1)
+    assert torch.equal(found, field.loss(x1, noise=x0, u=u))
+
+
+@pytest.mark.parametrize("mean, uniform", [(0.0, 1.0), (-0.4, 0.0), (4.0, 0.2)])
+def test_loss_trains_at_the_times_that_are_asked_for(mean, uniform):
+    times = []
+
+    def v_model(t, x, y):
+        times.append(t)
+        return torch.zeros_like(x)
+
+    x1 = torch.zeros(1000, 1)
+    options = {} if uniform == 1 else {"t_mean": mean, "t_uniform": uniform}
+    torch.manual_seed(6)
+    VelocityField(v_model, ConditionalFlowMatcher(), **options).loss(x1)
+    torch.manual_seed(6)
+    assert torch.equal(times[0], draw_times(1000, mean, uniform))

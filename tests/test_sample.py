@@ -1,15 +1,31 @@
 """The samplers and likelihoods of sample.py, under models known by hand: see exact.py."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
-from exact import ONE, TWO, cdf, exact_cfm, exact_ddpm, log_density, transported
+from exact import ONE, TWO, cdf, count_calls, exact_cfm, exact_ddpm, log_density, transported
 
 import sample
 from cfm import PATHS, ConditionalFlowMatcher, VelocityField
 from ddpm import DenoiseDiffusion
-from sample import Flow, dpm_solver, draw, encode, log_likelihood, slerp, solve
+from sample import (
+    LOOK_AHEAD,
+    bound,
+    ddim,
+    dopri5,
+    dpm_solver,
+    draw,
+    encode,
+    euler,
+    flow,
+    heun,
+    log_likelihood,
+    slerp,
+)
+from unet import UNet
 
 NOISE = torch.linspace(-2, 2, 33)[:, None]
 METHODS = {
@@ -22,12 +38,14 @@ METHODS = {
 
 
 def drawn(method, steps, sampler):
-    """From NOISE; of ddpm dpm++ with steps even in t, for at their own, on whole t, lambda is not smooth."""
-    flow = Flow(method)
-    if sampler != "dpm++" or flow.taus is None:
-        return draw(method, NOISE, steps=steps, sampler=sampler, clip=False)[0]
-    taus = [*flow.times(steps, "heun"), 1.0]
-    return dpm_solver(flow, NOISE * math.hypot(taus[0], 1 - taus[0]), taus, clip=False)
+    """
+    From NOISE; of ddpm dpm++ with steps even in t, for at their own, on whole t, lambda is not
+    smooth.
+    """
+    if sampler != "dpm++" or isinstance(method, VelocityField):
+        return draw(method, NOISE, sampler=sampler, steps=steps, clip=False)
+    taus = [*method.times(steps, even=True), 1.0]
+    return dpm_solver(flow(method), NOISE * math.hypot(taus[0], 1 - taus[0]), taus, clip=False)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -47,7 +65,7 @@ def test_every_sampler_converges_to_the_exact_flow_at_its_order(name, sampler, o
     expected = transported(TWO, method, NOISE)
     errors = [(drawn(method, n, sampler) - expected).abs().max().item() for n in steps]
     slope = math.log2(errors[0] / errors[1])
-    # On cfm's steps in tau, lambda = log(tau / (1 - tau)) has its ends at infinity: order 2 up to a log.
+    # On cfm's steps, lambda = log(tau / (1 - tau)) has its ends at infinity: order 2 up to a log.
     slack = 0.45 if (name, sampler) == ("cfm", "dpm++") else 0.7 if sampler == "rk4" else 0.15
     assert order - slack < slope < order + 0.7 and errors[1] < 0.03, (slope, errors)
 
@@ -56,17 +74,30 @@ def test_every_sampler_converges_to_the_exact_flow_at_its_order(name, sampler, o
 def test_dopri5_keeps_its_tolerance(name):
     method = METHODS[name]()
     expected = transported(TWO, method, NOISE)
-    found = []
+    calls, found = count_calls(method), []
     for tolerance in (1e-3, 1e-4, 1e-5, 1e-6):
-        x, evaluations = draw(method, NOISE, sampler="dopri5", clip=False, atol=tolerance, rtol=tolerance)
-        found.append(((x - expected).abs().max().item(), evaluations))
+        calls.clear()
+        x = draw(method, NOISE, sampler="dopri5", clip=False, atol=tolerance, rtol=tolerance)
+        found.append(((x - expected).abs().max().item(), len(calls)))
     errors, evaluations = zip(*found)
     assert errors[0] < 0.03 and errors[3] < 2e-4 and errors[3] < errors[1] / 20
     assert evaluations[0] < evaluations[1] < evaluations[3] < 200
 
 
+def test_a_step_of_heun_that_ends_at_the_data_is_one_of_eulers():
+    def v(tau, z):
+        return torch.cos(3 * z) + tau
+
+    z = torch.randn(5, 3)
+    assert torch.equal(heun(v, z, [0.4, 1.0]), euler(v, z, [0.4, 1.0]))
+    for t, s in ((0.4, 0.7), (1.0, 0.6)):  # not so elsewhere, nor backwards from the data
+        by_hand = z + (s - t) * (v(t, z) + v(s, z + (s - t) * v(t, z))) / 2
+        assert torch.allclose(heun(v, z, [t, s]), by_hand, atol=1e-6)
+        assert not torch.allclose(by_hand, euler(v, z, [t, s]), atol=1e-3)
+
+
 def test_dopri5_is_scipys_rk45():
-    """The same problem, one picture, both at the same tolerances: as good, in about as many evaluations."""
+    """One problem, one picture, the same tolerances: as good, in about as many evaluations."""
     integrate = pytest.importorskip("scipy.integrate")
     calls, start = 0, torch.tensor([[1.0, -0.5]])
 
@@ -75,12 +106,13 @@ def test_dopri5_is_scipys_rk45():
         calls += 1
         return torch.stack([x[:, 1], 6 * torch.cos(6 * t) * x[:, 0]], 1)
 
-    ours = solve(f, start, [0.0, 2.0], "dopri5", 1e-4, 1e-4)
-    f_numpy = lambda t, x: [x[1], 6 * math.cos(6 * t) * x[0]]  # noqa: E731
-    peer = integrate.solve_ivp(f_numpy, (0, 2), start[0].numpy(), method="RK45", atol=1e-4, rtol=1e-4)
-    exact = integrate.solve_ivp(f_numpy, (0, 2), start[0].numpy(), method="DOP853", atol=1e-12, rtol=1e-12).y[
-        :, -1
-    ]
+    def f_numpy(t, x):
+        return [x[1], 6 * math.cos(6 * t) * x[0]]
+
+    ours = dopri5(f, start, [0.0, 2.0], atol=1e-4, rtol=1e-4)
+    problem = f_numpy, (0, 2), start[0].numpy()
+    peer = integrate.solve_ivp(*problem, method="RK45", atol=1e-4, rtol=1e-4)
+    exact = integrate.solve_ivp(*problem, method="DOP853", atol=1e-12, rtol=1e-12).y[:, -1]
     error, error_peer = abs(ours[0].numpy() - exact).max(), abs(peer.y[:, -1] - exact).max()
     assert error < 3 * error_peer + 1e-5 and error < 5e-3 and calls < 1.5 * peer.nfev
 
@@ -94,25 +126,22 @@ def test_dopri5_never_leaves_the_interval_and_ends_at_its_end():
             assert t.dtype == x.dtype == torch.float32
             return torch.cos(20 * t)[:, None] * x
 
-        x = solve(f, torch.randn(5, 3), [start, end], "dopri5")
+        x = dopri5(f, torch.randn(5, 3), [start, end])
         low, high = torch.cat(times).min().item(), torch.cat(times).max().item()
-        assert (
-            x.dtype == torch.float32
-            and low == pytest.approx(min(start, end)) == low
-            and high <= max(start, end)
-        )
+        assert x.dtype == torch.float32
+        assert low == pytest.approx(min(start, end)) == low and high <= max(start, end)
         assert torch.cat(times)[-1] == torch.tensor(end)
 
 
 def test_dopri5_gives_up_on_a_model_that_is_not_finite():
     with pytest.raises(FloatingPointError, match="not finite"):
-        solve(lambda t, x: x / (t[:, None] < 0.5), torch.ones(2, 1), [0.0, 1.0], "dopri5")
+        dopri5(lambda t, x: x / (t[:, None] < 0.5), torch.ones(2, 1), [0.0, 1.0])
 
 
 def test_what_a_picture_becomes_does_not_depend_on_its_batch():
     method, noise = exact_cfm(TWO), torch.randn(6, 1, 2, 2)
-    together = draw(method, noise, sampler="dopri5")[0]
-    alone = torch.cat([draw(method, noise[i : i + 1], sampler="dopri5")[0] for i in range(6)])
+    together = draw(method, noise, sampler="dopri5")
+    alone = torch.cat([draw(method, one, sampler="dopri5") for one in noise.split(1)])
     assert torch.allclose(together, alone, atol=1e-6)
 
 
@@ -121,7 +150,7 @@ def test_what_a_picture_becomes_does_not_depend_on_its_batch():
     [
         ("euler", 10, 10),
         ("midpoint", 20, 19),
-        ("heun", 20, 19),
+        ("heun", 19, 19),
         ("rk4", 40, 37),
         ("ddim", 10, 10),
         ("dpm++", 10, 10),
@@ -129,8 +158,11 @@ def test_what_a_picture_becomes_does_not_depend_on_its_batch():
 )
 @pytest.mark.parametrize("guidance", [1, 3])
 def test_evaluations(sampler, of_cfm, of_ddpm, guidance):
-    """Steps means steps. Guidance does not add evaluations, but doubles the batch of each."""
-    batches = []
+    """
+    Steps means steps. The last of ddpm is ddim's, whatever the sampler, and the last of heun is
+    Euler's: that is one evaluation. Guidance does not add any, but doubles the batch of each.
+    """
+    batches, watched = [], []
 
     def model(t, x, y):
         batches.append(len(x))
@@ -142,24 +174,30 @@ def test_evaluations(sampler, of_cfm, of_ddpm, guidance):
         (VelocityField(model, ConditionalFlowMatcher()), of_cfm),
         (DenoiseDiffusion(model), of_ddpm),
     ):
-        batches.clear()
-        _, evaluations = draw(method, torch.randn(4, 1), y, 10, sampler, guidance)
-        assert evaluations == len(batches) == expected and set(batches) == {4 if guidance == 1 else 8}
+        batches.clear(), watched.clear()
+        options = {"sampler": sampler, "steps": 10, "guidance": guidance}
+        draw(method, torch.randn(4, 1), y, watch=lambda tau, z: watched.append(tau), **options)
+        assert len(watched) == len(batches) == expected
+        assert set(batches) == {4 if guidance == 1 else 8}
 
 
 @pytest.mark.parametrize("sampler", ["euler", "ddim", "dpm++"])
 def test_steps_of_a_flow_are_shifted_towards_the_noise(sampler):
-    flow = Flow(VelocityField(None, ConditionalFlowMatcher()))
-    assert flow.times(1, sampler) == [0, 1]
-    assert flow.times(4, sampler) == pytest.approx([0, 1 / 7, 1 / 3, 3 / 5, 1])
-    assert flow.times(4, "rk4") == [0, 1 / 4, 1 / 2, 3 / 4, 1]  # one that looks ahead has even steps
-    lengths = [b - a for a, b in zip(flow.times(1000, sampler), flow.times(1000, sampler)[1:])]
+    method, even = VelocityField(None, ConditionalFlowMatcher()), sampler in LOOK_AHEAD
+    assert method.times(1, even) == [0, 1]
+    assert method.times(4, even) == pytest.approx([0, 1 / 7, 1 / 3, 3 / 5, 1])
+    # one that looks ahead has even steps
+    assert method.times(4, "rk4" in LOOK_AHEAD) == [0, 1 / 4, 1 / 2, 3 / 4, 1]
+    taus = method.times(1000, even)
+    lengths = [b - a for a, b in zip(taus, taus[1:])]
     assert lengths == sorted(lengths)
     assert lengths[0] * 1000 == pytest.approx(1 / 2, rel=1e-2)
     assert lengths[-1] * 1000 == pytest.approx(2, rel=1e-2)
 
 
-@pytest.mark.parametrize("n_steps, steps, visits", [(1000, 7, 7), (1000, 1, 1), (100, 100, 100), (25, 50, 25)])
+@pytest.mark.parametrize(
+    "n_steps, steps, visits", [(1000, 7, 7), (1000, 1, 1), (100, 100, 100), (25, 50, 25)]
+)
 def test_ddim_visits_as_many_times_as_asked_and_there_are(n_steps, steps, visits):
     times = []
 
@@ -167,7 +205,7 @@ def test_ddim_visits_as_many_times_as_asked_and_there_are(n_steps, steps, visits
         times.append(t[0].item())
         return torch.zeros_like(x)
 
-    draw(DenoiseDiffusion(eps_model, n_steps), torch.randn(1, 1), steps=steps, sampler="ddim")
+    draw(DenoiseDiffusion(eps_model, n_steps), torch.randn(1, 1), sampler="ddim", steps=steps)
     assert len(set(times)) == len(times) == visits and times[0] == n_steps - 1
     assert times == sorted(times, reverse=True) and times == [round(t) for t in times]
 
@@ -175,25 +213,30 @@ def test_ddim_visits_as_many_times_as_asked_and_there_are(n_steps, steps, visits
 @pytest.mark.parametrize("name", [*METHODS, "ddpm cosine v"])
 def test_dpm_solver_on_its_own_steps_comes_as_near_whatever_the_model_predicts(name):
     """Whole t disturb the order of its error, but not its size."""
-    method = METHODS[name]() if name in METHODS else exact_ddpm(TWO, schedule="cosine", prediction="v")
-    found = draw(method, NOISE, steps=256, sampler="dpm++", clip=False)[0]
+    methods = METHODS | {
+        "ddpm cosine v": lambda: exact_ddpm(TWO, schedule="cosine", prediction="v")
+    }
+    method = methods[name]()
+    found = draw(method, NOISE, sampler="dpm++", steps=256, clip=False)
     assert (found - transported(TWO, method, NOISE)).abs().max() < 2e-3
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("n_steps", [2, 3, 25, 100])
 def test_where_steps_are_many_each_t_comes_once(schedule, n_steps):
-    flow = Flow(exact_ddpm(TWO, n_steps, schedule=schedule))
+    method = exact_ddpm(TWO, n_steps, schedule=schedule)
     for steps in range(1, n_steps + 1):
-        t = [(flow.taus == tau).nonzero().item() for tau in flow.times(steps, "ddim")]
-        assert len(t) == steps and t[0] == n_steps - 1
+        *taus, end = method.times(steps)
+        t = [(method.tau == tau).nonzero().item() for tau in taus]
+        assert end == 1 and len(t) == steps and t[0] == n_steps - 1
         assert all(a > b for a, b in zip(t, t[1:]))
         wanted = [i / (2 * steps - i) for i in range(1, steps)]
-        noisier = [(flow.taus <= tau).nonzero() for tau in wanted]
+        noisier = [(method.tau <= tau).nonzero() for tau in wanted]
         first = [t.min().item() if len(t) else n_steps for t in noisier]
-        for i, (now, before, ideal) in enumerate(zip(t[1:], t, first), 1):  # moved only where it must be
+        # each is moved only where it must be
+        for i, (now, before, ideal) in enumerate(zip(t[1:], t, first), 1):
             assert now == max(min(ideal, before - 1), steps - 1 - i)
-    x = draw(flow.method, NOISE, steps=n_steps, sampler="dpm++")[0]
+    x = draw(method, NOISE, sampler="dpm++", steps=n_steps)
     assert torch.isfinite(x).all() and (n_steps < 100 or x.std() > 0.3)
 
 
@@ -201,18 +244,20 @@ def test_where_steps_are_many_each_t_comes_once(schedule, n_steps):
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("steps", [1, 2, 6, 20, 50])
 def test_ddpm_takes_the_steps_of_cfm_at_the_t_that_come_next_in_noise(sampler, schedule, steps):
-    flow = Flow(DenoiseDiffusion(None, 10_000, schedule=schedule))
-    wanted = torch.tensor(Flow(VelocityField(None, ConditionalFlowMatcher())).times(steps, sampler)[1:-1])
-    t = [(flow.taus == tau).nonzero().item() for tau in flow.times(steps, sampler)]
-    assert len(t) == steps and t[0] == 9999
+    method, even = DenoiseDiffusion(None, 10_000, schedule=schedule), sampler in LOOK_AHEAD
+    field = VelocityField(None, ConditionalFlowMatcher())
+    wanted = torch.tensor(field.times(steps, even)[1:-1])
+    *taus, end = method.times(steps, even)
+    t = [(method.tau == tau).nonzero().item() for tau in taus]
+    assert end == 1 and len(t) == steps and t[0] == 9999
     t = torch.tensor(t[1:], dtype=torch.long)
-    assert (flow.taus[t] <= wanted).all() and (flow.taus[t - 1] > wanted).all()
+    assert (method.tau[t] <= wanted).all() and (method.tau[t - 1] > wanted).all()
 
 
 def test_ddim_is_deterministic_at_eta_0_and_not_at_1():
     method = exact_ddpm(ONE)
     for eta, same in ((0, True), (1, False)):
-        a, b = (draw(method, NOISE, steps=10, sampler="ddim", eta=eta)[0] for _ in range(2))
+        a, b = (draw(method, NOISE, sampler="ddim", steps=10, eta=eta) for _ in range(2))
         assert torch.equal(a, b) is same
 
 
@@ -231,7 +276,10 @@ def test_ddim_is_deterministic_at_eta_0_and_not_at_1():
     ],
 )
 def test_samples_have_the_distribution_of_the_data(name, options):
-    """Of 20,000: the largest distance between empirical and exact cdf exceeds 0.0137 once in a thousand."""
+    """
+    Of 20,000: the largest distance between empirical and exact cdf exceeds 0.0137 once in a
+    thousand.
+    """
     method = {
         "ddpm": lambda: exact_ddpm(TWO),
         "fixedsmall": lambda: exact_ddpm(TWO, variance="fixedsmall"),
@@ -239,34 +287,35 @@ def test_samples_have_the_distribution_of_the_data(name, options):
         "cfm": lambda: exact_cfm(TWO),
     }[name]()
     torch.manual_seed(0)
-    x = draw(method, torch.randn(20_000, 1), clip=False, **options)[0].flatten().double().sort().values
+    x = draw(method, torch.randn(20_000, 1), clip=False, **options)
+    x = x.flatten().double().sort().values
     gap = (cdf(TWO, 1.0, x) - (torch.arange(20_000) + 0.5) / 20_000).abs().max()
     assert gap < 0.02
 
 
 def test_clipping_acts_on_the_prediction_and_the_noise_follows():
-    method, xt, t = (
-        DenoiseDiffusion(lambda t, x, y: torch.zeros_like(x)),
-        torch.full((1, 1), 3.0),
-        torch.tensor([1]),
-    )
+    method = DenoiseDiffusion(lambda t, x, y: torch.zeros_like(x))
+    xt, t = torch.full((1, 1), 3.0), torch.tensor([1])
     assert method.p_mean(xt, t, clip=True) < method.p_mean(xt, t) - 0.5
     for sampler in ("ddim", "dpm++"):
-        assert draw(method, xt, steps=1, sampler=sampler)[0] == 1
-        assert draw(method, xt, steps=1, sampler=sampler, clip=False)[0] > 100
+        assert draw(method, xt, sampler=sampler, steps=1) == 1
+        assert draw(method, xt, sampler=sampler, steps=1, clip=False) > 100
     z, tau = torch.tensor([0.3, 2.0]), 0.6
     data, noise = sample.predictions(tau, z, torch.tensor([0.1, 3.0]), True)
-    assert data.tolist() == pytest.approx([0.34, 1]) and torch.allclose(tau * data + (1 - tau) * noise, z)
+    assert data.tolist() == pytest.approx([0.34, 1])
+    assert torch.allclose(tau * data + (1 - tau) * noise, z)
 
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize(
-    "options", [{"sampler": "rk4", "steps": 40}, {"sampler": "dopri5", "atol": 1e-5, "rtol": 1e-5}]
+    "options",
+    [{"sampler": "rk4", "steps": 40}, {"sampler": "dopri5", "atol": 1e-5, "rtol": 1e-5}],
 )
 def test_to_noise_and_back(name, options):
     method, x = METHODS[name](), torch.linspace(-1, 1, 20).reshape(5, 1, 2, 2)
     noise = encode(method, x, **options)
-    assert (draw(method, noise, clip=False, **options)[0] - x).abs().max() < 2e-3 < (noise - x).abs().max()
+    again = draw(method, noise, clip=False, **options)
+    assert (again - x).abs().max() < 2e-3 < (noise - x).abs().max()
 
 
 @pytest.mark.parametrize("options", [{"sampler": "rk4", "steps": 30}, {"atol": 1e-6, "rtol": 1e-6}])
@@ -274,17 +323,22 @@ def test_likelihood_of_a_gaussian_is_exact_to_three_digits(options):
     x = torch.tensor([[0.2, 0.5, -0.3], [1.0, 0.0, 0.4], [-2.0, 1.5, 0.2]])
     one = torch.tensor(1.0, dtype=torch.float64)
     expected = log_density(ONE, one, 0 * one, x.double()).sum(1)
-    found, evaluations = log_likelihood(exact_cfm(ONE), x, **options)
-    assert torch.allclose(found.double(), expected, rtol=5e-4) and evaluations > 30
+    method = exact_cfm(ONE)
+    calls = count_calls(method)
+    found = log_likelihood(method, x, **options)
+    assert torch.allclose(found.double(), expected, rtol=5e-4) and len(calls) > 30
 
 
 def test_likelihood_of_a_mixture_and_hutchinsons_estimate():
-    """In one dimension, or for independent ones, +-1 probes give the exact trace; for others the mean does."""
+    """
+    In one dimension, or for independent ones, +-1 probes give the exact trace; for others the mean
+    does.
+    """
     x = torch.linspace(-1, 1, 11)[:, None]
     one = torch.tensor(1.0, dtype=torch.float64)
     expected = log_density(TWO, one, 0 * one, x.double()).sum(1)
     for probe in (None, torch.ones_like(x)):
-        found, _ = log_likelihood(exact_cfm(TWO), x, steps=60, sampler="rk4", probe=probe)
+        found = log_likelihood(exact_cfm(TWO), x, sampler="rk4", steps=60, probe=probe)
         assert torch.allclose(found.double(), expected, atol=2e-3)
 
     torch.manual_seed(0)
@@ -293,11 +347,13 @@ def test_likelihood_of_a_mixture_and_hutchinsons_estimate():
     def linear(t, x, y):  # dx/dt = x mix, of which the divergence is the trace, whatever x and t
         return x @ mix
 
-    method, x = VelocityField(linear, ConditionalFlowMatcher()), torch.randn(1, 3).expand(4000, 3)
-    exact = log_likelihood(method, x[:1], sampler="rk4")[0]
+    method = VelocityField(linear, ConditionalFlowMatcher())
+    x = torch.randn(1, 3).expand(4000, 3)
+    exact = log_likelihood(method, x[:1], sampler="rk4", steps=10)
     probes = torch.randn(4000, 3).sign()
-    estimates = log_likelihood(method, x, sampler="rk4", probe=probes)[0]
-    by_hand = (probes * (probes @ mix.T)).sum(1)  # each probe stays the same all along, so its error is this
+    estimates = log_likelihood(method, x, sampler="rk4", steps=10, probe=probes)
+    # each probe stays the same all along, so its error is this
+    by_hand = (probes * (probes @ mix.T)).sum(1)
     assert torch.allclose(estimates - exact, by_hand.neg() + mix.trace(), atol=1e-3)
     assert (estimates.mean() - exact).abs() < 4 * estimates.std() / 4000**0.5
 
@@ -306,22 +362,29 @@ def test_likelihood_of_a_mixture_and_hutchinsons_estimate():
 @pytest.mark.parametrize("schedule, n_steps", [("linear", 1000), ("cosine", 200)])
 def test_bound_of_a_gaussian_is_exact_to_three_digits(variance, schedule, n_steps):
     """
-    With the exact model, each gap between the means is the x0 coefficient of the posterior mean times
-    x0 - E[x0 | xt], whose variance has a closed form. L_0 is an integral over x1 for each of the 256 levels.
+    With the exact model, each gap between the means is the x0 coefficient of the posterior mean
+    times x0 - E[x0 | xt], whose variance has a closed form. L_0 is an integral over x1 for each of
+    the 256 levels.
     """
     m, s = 0.1, 0.2
     method = exact_ddpm(((1.0, m, s),), n_steps, schedule=schedule, variance=variance)
     quantiles = (torch.arange(2**14, dtype=torch.float64) + 0.5) / 2**14
-    normal = torch.special.ndtri(quantiles)  # 16,384 of them, spread evenly: shuffled, they average well
+    # 16,384 normal draws, spread evenly: shuffled, they average well
+    normal = torch.special.ndtri(quantiles)
     levels = (((m + s * normal) * 127.5 + 127.5).round().clamp(0, 255) / 127.5 - 1).float()
     torch.manual_seed(0)
-    found = method.bound(levels[:, None], randn=lambda x: normal[torch.randperm(len(x))][:, None].float())
+    found = bound(
+        method,
+        levels[:, None],
+        randn=lambda x: normal[torch.randperm(len(x))][:, None].float(),
+    )
     found = [v.double().mean().item() for v in found]
 
     if schedule == "linear":
         beta = torch.linspace(1e-4, 0.02, n_steps, dtype=torch.float64)
     else:
-        f = torch.cos((torch.arange(n_steps + 1) / n_steps + 0.008).double() / 1.008 * math.pi / 2) ** 2
+        share = (torch.arange(n_steps + 1) / n_steps + 0.008).double() / 1.008
+        f = torch.cos(share * math.pi / 2) ** 2
         beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
     bar = (1 - beta).cumprod(0)
     prev = torch.cat([torch.ones(1), bar[:-1]])
@@ -337,8 +400,9 @@ def test_bound_of_a_gaussian_is_exact_to_three_digits(variance, schedule, n_step
     eps = torch.linspace(-8, 8, 4001, dtype=torch.float64)
     weight = torch.exp(-(eps**2) / 2)
     x1 = bar[0].sqrt() * x0[:, None] + (1 - bar[0]).sqrt() * eps
-    guess = m + bar[0].sqrt() * s**2 / (bar[0] * s**2 + 1 - bar[0]) * (x1 - bar[0].sqrt() * m)
-    low, high = ((x0[:, None] + side / 255 - guess.clamp(-1, 1)) / std for side in (-1, 1))
+    slope = bar[0].sqrt() * s**2 / (bar[0] * s**2 + 1 - bar[0])
+    guess = (m + slope * (x1 - bar[0].sqrt() * m)).clamp(-1, 1)
+    low, high = ((x0[:, None] + side / 255 - guess) / std for side in (-1, 1))
     probability = torch.special.ndtr(high) - torch.special.ndtr(low)
     decoder = -(probability.clamp(min=1e-300).log() * weight).sum(1) / weight.sum()
     decoder = (decoder * count).sum() / count.sum()
@@ -348,39 +412,50 @@ def test_bound_of_a_gaussian_is_exact_to_three_digits(variance, schedule, n_step
 
 
 def test_the_decoder_of_the_bound_sums_to_one_and_has_no_holes():
-    """Over the 256 levels the probabilities add up to 1; far from the mean they are tiny, but never 0."""
+    """
+    Over the 256 levels the probabilities add up to 1; far from the mean they are tiny, but never 0.
+    """
     method = DenoiseDiffusion(lambda t, x, y: x * 0, variance="fixedlarge")
     levels = (torch.arange(256) / 127.5 - 1)[:, None]
     for guess in (0.0, -1.0, 0.3, 1.0):
         method.p_mean = lambda xt, *args, guess=guess, **kwargs: torch.full_like(xt, guess)
-        bits = method.bound(levels)[2].double()
-        assert torch.isfinite(bits).all() and (2**-bits).sum().item() == pytest.approx(1, abs=1e-4)
+        bits = bound(method, levels)[2].double()
+        assert torch.isfinite(bits).all()
+        assert (2**-bits).sum().item() == pytest.approx(1, abs=1e-4)
         assert bits.max() > 1000
 
 
 def test_ddim_with_eta_1_from_one_step_to_the_next_is_the_posterior():
-    """There mean and variance are those of q(x_{t-1} | x_t, x_0) at the predicted x0: eq. 7 of Ho et al."""
+    """
+    There mean and variance are those of q(x_{t-1} | x_t, x_0) at the predicted x0: eq. 7 of Ho et
+    al.
+    """
     for t in (1, 10, 300, 998):
         method = DenoiseDiffusion(lambda t, x, y: torch.tanh(x), 1000)
-        flow, xt, z = Flow(method), torch.randn(50, 4), torch.randn(50, 4)
-        now, before = flow.taus[t].item(), flow.taus[t - 1].item()
-        step = sample.ddim(flow, xt * math.hypot(now, 1 - now), [now, before], 1.0, True, lambda _: z)
-        # alpha + sigma is one over this: the noise, too, is drawn in z, so it comes back scaled alike
+        xt, z = torch.randn(50, 4), torch.randn(50, 4)
+        now, before = method.tau[t].item(), method.tau[t - 1].item()
+        start = xt * math.hypot(now, 1 - now)
+        step = ddim(flow(method), start, [now, before], clip=True, eta=1.0, randn=lambda _: z)
+        # alpha + sigma is one over this: the noise, too, is drawn in z, so it comes back as scaled
         x, t = step / math.hypot(before, 1 - before), torch.full((50,), t)
-        x0, _ = method.predict(xt, t, *method.alpha_sigma(t, xt))
-        expected = method.q_posterior_mean(xt, t, x0.clamp(-1, 1)) + method.beta_tilde[t][:, None].sqrt() * z
+        x0, _ = method.predict(xt, t, *method.scales(t, xt))
+        mean = method.q_posterior_mean(xt, t, x0.clamp(-1, 1))
+        expected = mean + method.beta_tilde[t][:, None].sqrt() * z
         assert torch.allclose(x, expected, atol=2e-3)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("sampler", ["euler", "heun", "rk4", "dopri5", "ddim", "dpm++"])
-def test_an_error_in_eps_is_not_magnified_where_there_is_almost_nothing_but_noise(schedule, sampler):
-    """x0 = (x - sigma eps) / alpha, and alpha ends at 5e-5 in the cosine schedule: clipping limits that."""
+def test_an_error_in_eps_is_not_magnified_where_almost_all_is_noise(schedule, sampler):
+    """
+    x0 = (x - sigma eps) / alpha, and alpha ends at 5e-5 in the cosine schedule: clipping limits
+    that.
+    """
     exact = exact_ddpm(((1.0, 0.0, 0.4),), schedule=schedule)
     wrong = exact_ddpm(((1.0, 0.0, 0.4),), schedule=schedule)
     wrong.eps_model = lambda t, x, y, right=exact.eps_model: right(t, x) * 1.02
     noise = torch.linspace(-1.5, 1.5, 9)[:, None]
-    good, bad = (draw(method, noise, steps=50, sampler=sampler)[0] for method in (exact, wrong))
+    good, bad = (draw(method, noise, sampler=sampler, steps=50) for method in (exact, wrong))
     assert (good - bad).abs().max() < 0.3 and good.abs().max() < 1.1
 
 
@@ -405,9 +480,9 @@ def path_by_hand(name, sigma, t):
 @pytest.mark.parametrize("sigma", [0.1, 0.5])
 def test_every_path_leads_its_own_start_to_the_data(name, sigma):
     """
-    For Gaussian data N(m, s^2) the velocity E[u | xt] is linear in xt, and so is the flow: from the path's own
-    start to its end, of standard deviation sqrt(b^2 s^2 + c^2). And no other field has as small a loss under
-    the matcher.
+    For Gaussian data N(m, s^2) the velocity E[u | xt] is linear in xt, and so is the flow: from the
+    path's own start to its end, of standard deviation sqrt(b^2 s^2 + c^2). And no other field has
+    as small a loss under the matcher.
     """
     m, s = 0.2, 0.5
 
@@ -421,7 +496,7 @@ def test_every_path_leads_its_own_start_to_the_data(name, sigma):
     (a, b, c), _ = path_by_hand(name, sigma, torch.tensor([0.0, 1.0]))
     start, end = (a**2 + b**2 * s**2 + c**2).sqrt().tolist()
     noise = torch.linspace(-2, 2, 9)[:, None]
-    x, _ = draw(VelocityField(v_model, matcher), start * noise, steps=100, sampler="rk4")
+    x = draw(VelocityField(v_model, matcher), start * noise, sampler="rk4", steps=100)
     assert torch.allclose(x, m + end * noise, atol=5e-3)
     torch.manual_seed(0)
     x1, x0, u = m + s * torch.randn(50_000, 1), torch.randn(50_000, 1), torch.rand(50_000)
@@ -429,7 +504,7 @@ def test_every_path_leads_its_own_start_to_the_data(name, sigma):
     for factor in (0.9, 1.0, 1.1):
         torch.manual_seed(1)  # the same epsilon
         field = VelocityField(lambda t, x, y, f=factor: f * v_model(t, x), matcher)
-        losses.append(field.loss(x1, x0, u=u).item())
+        losses.append(field.loss(x1, noise=x0, u=u).item())
     assert losses[1] == min(losses)
 
 
@@ -442,7 +517,7 @@ def test_slerp_keeps_noise_noise():
 
 
 def test_flow_reads_ddpm_at_its_own_times():
-    """At the taus of its own t the eps model is asked for just these, and Euler's step is ddim's formula."""
+    """At the taus of its own t the eps model is asked for these, and Euler's step is ddim's."""
     seen = {}
 
     def eps_model(t, x, y):
@@ -451,14 +526,200 @@ def test_flow_reads_ddpm_at_its_own_times():
 
     method = DenoiseDiffusion(eps_model, 1000)
     t, s = torch.tensor([0, 1, 500, 999]), torch.tensor([0, 0, 400, 900])
-    flow, x0, eps = Flow(method), torch.rand(4, 3), torch.randn(4, 3)
+    x0, eps = torch.rand(4, 3), torch.randn(4, 3)
     xt = method.q_sample(x0, t, eps)
-    alpha, sigma = method.alpha_sigma(t, xt)
-    tau, tau_s = flow.taus[t], flow.taus[s][:, None]
+    alpha, sigma = method.scales(t, xt)
+    tau, tau_s = method.tau[t], method.tau[s][:, None]
     z = xt / (alpha + sigma)
-    z_s = z + (tau_s - tau[:, None]) * flow(tau, z)
+    z_s = z + (tau_s - tau[:, None]) * flow(method)(tau, z)
     assert torch.equal(seen["t"], t.float()) and torch.allclose(seen["x"], xt, atol=1e-5)
-    alpha_s, sigma_s = method.alpha_sigma(s, xt)
+    alpha_s, sigma_s = method.scales(s, xt)
     out = torch.sin(3 * xt)
     expected = alpha_s * (xt - sigma * out) / alpha + sigma_s * out
     assert torch.allclose(z_s * (alpha_s + sigma_s), expected, atol=2e-4)
+
+
+def tell_labels_apart(t, x, y=None):
+    """A model whose answer depends on all that it is given."""
+    label = torch.full((len(x),), -1) if y is None else y
+    shape = -1, *[1] * (x.dim() - 1)
+    return torch.sin(3 * x + t.reshape(shape)) + label.float().reshape(shape) / 10
+
+
+LABELLED = {
+    "cfm": lambda: VelocityField(tell_labels_apart, ConditionalFlowMatcher()),
+    "ddpm": lambda: DenoiseDiffusion(tell_labels_apart, unit_time=True),
+}
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_a_flow_is_guided_inside_the_interval_alone(name):
+    """Its ends are inside. Where there is guidance, the batch is doubled."""
+    method, z, y = LABELLED[name](), torch.randn(4, 3), torch.arange(4)
+    calls = count_calls(method)
+    v = flow(method, y, guidance=3.0, interval=(0.3, 0.7))
+    for tau, inside in ((0.1, 0), (0.29, 0), (0.3, 1), (0.5, 1), (0.7, 1), (0.71, 0), (0.9, 0)):
+        calls.clear()
+        found = v(tau, z)
+        assert calls == [8 if inside else 4]
+        times = torch.full((4,), tau)
+        guided, plain = (method.velocity(times, z, y, scale) for scale in (3.0, 1.0))
+        assert torch.equal(found, guided if inside else plain)
+        assert not torch.allclose(guided, plain, atol=0.05)
+
+
+@pytest.mark.parametrize("name", LABELLED)
+@pytest.mark.parametrize("sampler", ["euler", "ddim", "dpm++", "midpoint", "heun", "rk4"])
+def test_draw_guides_inside_the_interval_alone(name, sampler):
+    method, noise, y = LABELLED[name](), torch.randn(4, 3), torch.arange(4)
+    calls, taus, options = count_calls(method), [], {"sampler": sampler, "steps": 4}
+
+    def drawn_with(**more):
+        calls.clear(), taus.clear()
+        watch = {"watch": lambda tau, z: taus.append(tau)}
+        return draw(method, noise, y, clip=False, **options, **watch, **more)
+
+    part = drawn_with(guidance=3.0, interval=(0.1, 0.5))
+    assert calls == [8 if 0.1 <= tau <= 0.5 else 4 for tau in taus] and len(set(calls)) == 2
+    if sampler not in LOOK_AHEAD:  # steps start at 0, 1/7, 1/3 and 3/5, or just before
+        assert calls == [4, 8, 8, 4]
+    plain = drawn_with()
+    assert set(calls) == {4}
+    whole = drawn_with(guidance=3.0)
+    assert set(calls) == {8}
+    gaps = [(a - b).abs().max() for a, b in ((part, plain), (part, whole), (plain, whole))]
+    assert min(gaps) > 0.01
+    assert torch.equal(drawn_with(guidance=3.0, interval=(0.0, 1.0)), whole)
+    assert torch.equal(drawn_with(guidance=3.0, interval=(0.401, 0.402)), plain)
+    assert set(calls) == {4} and not any(0.401 <= tau <= 0.402 for tau in taus)
+    assert torch.equal(drawn_with(guidance=1.0, interval=(0.1, 0.5)), plain)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
+@pytest.mark.parametrize("path", PATHS)
+def test_ddim_and_dpm_solver_are_refused_on_curved_paths(path, sampler):
+    method, noise = VelocityField(tell_labels_apart, PATHS[path](0.5)), torch.randn(4, 3)
+    assert method.matcher.straight == (path not in ("vp", "sb"))
+    if method.matcher.straight:
+        assert torch.isfinite(draw(method, noise, sampler=sampler)).all()
+        return
+    calls = count_calls(method)
+    with pytest.raises(ValueError, match="is for straight paths, and this one is curved"):
+        draw(method, noise, sampler=sampler)
+    assert calls == []
+
+
+@pytest.mark.parametrize("sampler", ["euler", "midpoint", "heun", "rk4", "dopri5"])
+@pytest.mark.parametrize("path", PATHS)
+def test_the_other_samplers_go_along_any_path(path, sampler):
+    method, noise = VelocityField(tell_labels_apart, PATHS[path](0.5)), torch.randn(4, 3)
+    assert torch.isfinite(draw(method, noise, sampler=sampler)).all()
+    assert DenoiseDiffusion.straight
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 4, 10, 100])
+def test_sample_of_cfm_is_eulers_method_in_even_steps(steps, guidance):
+    method, noise, y = LABELLED["cfm"](), torch.randn(4, 1, 3, 3), torch.arange(4)
+    taus = [i / steps for i in range(steps + 1)]
+    expected = euler(flow(method, y, guidance), noise, taus)
+    assert torch.equal(method.sample(noise, y, steps=steps, guidance=guidance), expected)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("clip", [False, True])
+def test_sample_of_ddpm_is_a_loop_of_p_sample(clip, guidance):
+    method = DenoiseDiffusion(tell_labels_apart, 50, schedule="cosine", unit_time=True)
+    noise, y = torch.randn(4, 1, 3, 3), torch.arange(4)
+    torch.manual_seed(3)
+    x = noise
+    for t in range(49, -1, -1):
+        x = method.p_sample(x, torch.full((4,), t), y, guidance, clip)
+    torch.manual_seed(3)
+    assert torch.equal(method.sample(noise, y, guidance=guidance, clip=clip), x)
+    torch.manual_seed(3)
+    assert torch.equal(draw(method, noise, y, "ancestral", guidance=guidance, clip=clip), x)
+
+
+def test_the_likelihood_of_ddpm_is_its_bound():
+    for sampler in ("euler", "rk4", "dopri5"):
+        with pytest.raises(ValueError, match="bound"):
+            log_likelihood(exact_ddpm(ONE), torch.zeros(2, 3), sampler=sampler)
+
+
+AROUND_A_NETWORK = {
+    "cfm": lambda net: VelocityField(net, ConditionalFlowMatcher()),
+    "cfm vp": lambda net: VelocityField(net, PATHS["vp"](0.1), t_mean=-0.4, t_uniform=0.2),
+    "ddpm": lambda net: DenoiseDiffusion(net, 100),
+    "ddpm v": lambda net: DenoiseDiffusion(
+        net,
+        100,
+        schedule="cosine",
+        prediction="v",
+        weighting="min_snr",
+        variance="fixedsmall",
+        t_mean=0.4,
+        t_uniform=0.1,
+        unit_time=True,
+    ),
+}
+
+
+def method_and_network(name):
+    torch.manual_seed(0)
+    network = UNet(channels=8, num_classes=3)
+    torch.nn.init.normal_(network.conv_out.weight, std=0.1)  # else it predicts zero
+    return AROUND_A_NETWORK[name](network), network
+
+
+def loss_and_pictures(method):
+    """Both under one seed."""
+    torch.manual_seed(1)
+    x, y = torch.rand(4, 1, 8, 8) * 2 - 1, torch.tensor([0, 1, 2, -1])
+    with torch.no_grad():
+        loss = method.loss(x, y)
+    return loss, draw(method, torch.randn_like(x), y, sampler="heun", steps=3, guidance=2.0)
+
+
+def network_of(method):
+    return method.v_model if isinstance(method, VelocityField) else method.eps_model
+
+
+@pytest.mark.parametrize("name", AROUND_A_NETWORK)
+def test_a_pickled_method_comes_back_the_same(name):
+    method, _ = method_and_network(name)
+    again = pickle.loads(pickle.dumps(method))
+    assert type(again) is type(method) and type(network_of(again)) is UNet
+    for a, b in zip(loss_and_pictures(again), loss_and_pictures(method)):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", AROUND_A_NETWORK)
+def test_a_deep_copy_of_a_method_has_a_model_of_its_own(name):
+    method, network = method_and_network(name)
+    before, again = loss_and_pictures(method), copy.deepcopy(method)
+    assert network_of(method) is network and network_of(again) is not network
+    for p, q in zip(network.parameters(), network_of(again).parameters()):
+        assert torch.equal(p, q) and p.data_ptr() != q.data_ptr()
+    for a, b in zip(loss_and_pictures(again), before):
+        assert torch.equal(a, b)
+    with torch.no_grad():
+        for q in network_of(again).parameters():
+            q.add_(0.1)
+    for a, b, changed in zip(loss_and_pictures(method), before, loss_and_pictures(again)):
+        assert torch.equal(a, b) and not torch.allclose(a, changed, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_euler_too_leads_to_noise_and_back(name):
+    """Of ddpm the model is asked only at times that it knows."""
+    method, x = METHODS[name](), torch.linspace(-0.8, 0.8, 20).reshape(5, 1, 2, 2)
+    noise = encode(method, x, sampler="euler", steps=40)
+    again = draw(method, noise, sampler="euler", steps=40, clip=False)
+    assert torch.isfinite(noise).all() and (again - x).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("sampler", ["dopri5", "ancestral"])
+def test_an_interval_of_guidance_needs_steps(sampler):
+    with pytest.raises(ValueError, match="does not go with"):
+        draw(exact_ddpm(ONE), NOISE, sampler=sampler, guidance=2, interval=(0.2, 0.8))

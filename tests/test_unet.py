@@ -1,11 +1,11 @@
-"""The UNet's promises: any size, any channels, times and labels matter, 0 predicted at first; and Muon."""
+"""The UNet: any size, any channels, times and labels matter, 0 predicted at first; and Muon."""
 
 import copy
 
 import pytest
 import torch
 
-from unet import Muon, UNet, orthogonal, time_embedding
+from unet import Muon, Norm, UNet, newton_schulz, time_embedding
 
 
 def small(**options):
@@ -38,6 +38,35 @@ def test_any_number_of_channels(channels):
     assert small(in_channels=channels)(t=torch.rand(2), x=x).shape == x.shape
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("side, options", [(1, {"channel_mults": (2, 1, 3)}), (4, {"patch": 16})])
+def test_a_picture_of_one_position_can_be_trained_on(channels, side, options):
+    """Some groups of the norms then hold a single value, which F.group_norm() would refuse."""
+    model = small(in_channels=channels, **options).train()
+    x = torch.randn(1, channels, side, side, requires_grad=True)
+    out = model(t=torch.rand(1), x=x)
+    assert out.shape == x.shape and torch.isfinite(out).all() and out.abs().max() > 0
+    out.square().sum().backward()
+    for p in (x, *model.parameters()):
+        assert torch.isfinite(p.grad).all()
+    assert model.conv_out.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("channels", [8, 12, 24, 7])
+def test_norm_is_group_norm_but_for_single_values(channels):
+    norm, groups = Norm(channels), {8: 8, 12: 4, 24: 8, 7: 1}[channels]
+    peer = torch.nn.GroupNorm(groups, channels)
+    for n, p in ((norm.weight, peer.weight), (norm.bias, peer.bias)):
+        torch.nn.init.normal_(p)
+        n.data.copy_(p)
+    x = torch.randn(3, channels, 5, 4)
+    assert torch.equal(norm(x), peer(x))
+    if channels == groups:  # each value is its group's mean, so only the bias is left
+        assert torch.allclose(norm(x[:1, :, :1, :1]).flatten(), norm.bias, atol=1e-3)
+        with pytest.raises(ValueError):
+            peer(x[:1, :, :1, :1])
+
+
 def test_it_starts_by_predicting_zero():
     assert UNet()(t=torch.rand(2), x=torch.randn(2, 1, 28, 28)).abs().max() == 0
 
@@ -46,7 +75,9 @@ def test_times_are_told_apart():
     """Unscaled, the embeddings of t = 0 and t = 1 would have a cosine of 0.97."""
     emb = time_embedding(torch.tensor([0, 0.001, 0.5, 1]), 32)
     cosine = torch.nn.functional.cosine_similarity(emb[:, None], emb[None], dim=2)
-    assert emb.shape == (4, 32) and cosine[0, 3] < 0.6 and cosine[0, 2] < 0.6 and cosine[0, 1] < 0.99
+    assert (
+        emb.shape == (4, 32) and cosine[0, 3] < 0.6 and cosine[0, 2] < 0.6 and cosine[0, 1] < 0.99
+    )
     x, model = torch.randn(1, 1, 8, 8), small()
     assert not torch.allclose(model(t=torch.zeros(1), x=x), model(t=torch.ones(1), x=x), atol=1e-3)
 
@@ -54,11 +85,20 @@ def test_times_are_told_apart():
 def test_labels_matter_and_minus_one_is_no_label():
     model, t, x = small(num_classes=3), torch.rand(2), torch.randn(2, 1, 8, 8)
     none, zero, two = (model(t=t, x=x, y=torch.full((2,), y)) for y in (-1, 0, 2))
-    assert torch.equal(none, model(t=t, x=x)) and not torch.equal(none, zero) and not torch.equal(zero, two)
+    assert (
+        torch.equal(none, model(t=t, x=x))
+        and not torch.equal(none, zero)
+        and not torch.equal(zero, two)
+    )
 
 
 def test_each_picture_has_its_own_time_and_label():
-    model, t, x, y = small(num_classes=3), torch.rand(4), torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, -1])
+    model, t, x, y = (
+        small(num_classes=3),
+        torch.rand(4),
+        torch.randn(4, 1, 8, 8),
+        torch.tensor([0, 1, 2, -1]),
+    )
     together = model(t=t, x=x, y=y)
     alone = torch.cat([model(t=t[i : i + 1], x=x[i : i + 1], y=y[i : i + 1]) for i in range(4)])
     assert torch.allclose(together, alone, atol=1e-4)
@@ -69,8 +109,12 @@ def test_gradients_reach_every_parameter():
     for m in model.modules():
         if hasattr(m, "qkv"):
             torch.nn.init.normal_(m.out.weight)
-    model(t=torch.rand(2), x=torch.randn(2, 1, 8, 8), y=torch.tensor([0, -1])).square().mean().backward()
-    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
+    model(
+        t=torch.rand(2), x=torch.randn(2, 1, 8, 8), y=torch.tensor([0, -1])
+    ).square().mean().backward()
+    assert [
+        n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0
+    ] == []
 
 
 def test_dropout_acts_in_training_only():
@@ -98,11 +142,11 @@ def test_at_the_size_of_ho_et_al_it_has_their_number_of_parameters():
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 72), (2, 64, 16), (1, 24, 24), (2, 1, 9)])
-def test_orthogonal_keeps_singular_vectors_and_levels_singular_values(shape):
+def test_newton_schulz_keeps_singular_vectors_and_levels_singular_values(shape):
     torch.manual_seed(0)
     g = torch.randn(*shape)
     u, _, vt = torch.linalg.svd(g, full_matrices=False)
-    inner = u.mT @ orthogonal(g) @ vt.mT
+    inner = u.mT @ newton_schulz(g) @ vt.mT
     level = inner.diagonal(dim1=1, dim2=2)
     assert 0.6 < level.min() and level.max() < 1.25
     assert (inner - torch.diag_embed(level)).abs().max() < 1e-4
@@ -139,7 +183,7 @@ def test_muon_does_to_kernels_what_torchs_muon_does_and_to_the_rest_what_adamw_d
         ours.step(), muon.step(), adamw.step()
     flat = iter(flat)
     for p, q, start in zip(a.parameters(), b.parameters(), before.parameters()):
-        if p.dim() == 4:                                 # torch's works in bfloat16
+        if p.dim() == 4:  # torch's works in bfloat16
             theirs = next(flat).view_as(p)
             assert (p - theirs).norm() < 0.02 * (theirs - start).norm()
         else:
