@@ -1,26 +1,28 @@
 """
-The MNIST recipes of four other projects beside cfm.py and ddpm.py: the same minutes, one machine, one judge.
+The MNIST recipes of four other projects beside cfm.py and ddpm.py: same minutes, machine, judge.
 
     pip install -r requirements.txt -r bench/requirements.txt
     pip install --no-deps torchcfm labml-nn denoising-diffusion-pytorch
-    python bench/peers.py                                    # about 80 minutes on two cores; out/peers
+    python bench/peers.py                               # about 80 minutes on two cores; out/peers
     python bench/peers.py --peers=torchcfm,cfm --minutes=3   # only these, and shorter
 
-Each recipe is what its project documents; what had to change is said at each, below. One after another they
-are trained, then drawn from with few evaluations of the model: their own samplers, of up to 1000, would take
-hours here. The pictures stay in out_dir, for bench/quality.py. A row of the table gives
-    minutes       of the training loop. Imports and the reading of data do not count, all else does: of cfm
-                  and ddpm also their evaluations, grids and checkpoints
+Each recipe is what its project documents; what had to change is said at each, below. One after
+another they are trained, then drawn from with few evaluations of the model: their own samplers, of
+up to 1000, would take hours here. The pictures stay in out_dir, for bench/quality.py. A row of the
+table gives
+    minutes       of the training loop. Imports and the reading of data do not count, all else does:
+                  of cfm and ddpm also their evaluations, grids and checkpoints
     iterations    done in these minutes; s/step: the seconds that one took
     evaluations   of the model for a picture drawn
     pictures      drawn: all that were asked for, or of a slow model what sampling_minutes allow
-    x floor       their distance to the test set, as a multiple of the floor, see bench/quality.py. The fewer
-                  pictures, the larger: the row of training images says how good n_samples can be, and a row
-                  with fewer pictures than that is at a disadvantage, in coverage too
+    x floor       their distance to the test set, as a multiple of the floor, see bench/quality.py.
+                  The fewer pictures, the larger: the row of training images says how good n_samples
+                  can be, and a row with fewer pictures than that is at a disadvantage, in coverage
+                  too
     recognised    the share taken for the digit that was asked for; -: the recipe has no labels
     coverage      the share of test images that have a drawn one near
-Some of these models were made for GPUs and for hours. The table says what one gets on a small machine in a
-short time, and nothing about how good they become in the end.
+Some of these models were made for GPUs and for hours. The table says what one gets on a small
+machine in a short time, and nothing about how good they become in the end.
 """
 import contextlib
 import csv
@@ -40,13 +42,14 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-from cfm import VelocityField
-from configurator import choose_machine, configure, explained, fail
+from cfm import ConditionalFlowMatcher, VelocityField
+from configurator import configure, explained, fail
+from core.machine import choose_machine
 from ddpm import DenoiseDiffusion
 from quality import floors, load_judge, look, to_float, verdict
 from sample import draw
 
-# ------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 peers = "torchcfm,labml,diffusers,ddpm-pytorch,cfm,ddpm"     # which, in this order
 minutes = 10.0               # of training, each
 sampling_minutes = 3.0       # after which a peer draws no further batch
@@ -55,12 +58,18 @@ seed = 1337
 data_dir = "data"            # of MNIST, and of the judge once trained
 out_dir = "out/peers"
 device = "cpu"               # on a GPU cfm and ddpm compile and use bfloat16, the recipes do not
-# ------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
+LIMITS = {
+    "minutes": (0.01, math.inf),
+    "sampling_minutes": (0.01, math.inf),
+    "n_samples": (2, math.inf),
+    "seed": (0, 2**63 - 1),
+}
 STEPS = 20                   # evaluations of a peer's model for a picture
-MARGIN = [2, 2, 2, 2]        # black pixels around a digit, for recipes of 32 x 32; cut off again when drawn
+MARGIN = [2, 2, 2, 2]        # black pixels around a digit, for recipes of 32 x 32; cut off again
 
-# A recipe is (model, batch size, step(x, y), draw_peer(y), does it know labels): step takes pictures
-# (B, 1, 28, 28) in [-1, 1] and returns its loss, draw_peer draws one for each of the labels y.
+# A recipe is (model, batch size, step(x, y), draw_peer(y), does it know labels). step takes
+# pictures (B, 1, 28, 28) in [-1, 1] and returns its loss; draw_peer draws one for each label of y.
 
 
 def stepper(optimizer, loss_of):
@@ -77,36 +86,41 @@ def stepper(optimizer, loss_of):
 
 def torchcfm():
     """
-    github.com/atong01/conditional-flow-matching, examples/images/conditional_mnist.ipynb; ten epochs there.
-    Changed: drawn by DPM-Solver++, not by dopri5, which takes more evaluations.
+    github.com/atong01/conditional-flow-matching, examples/images/conditional_mnist.ipynb; ten
+    epochs there. Changed: drawn by DPM-Solver++, not by dopri5, which takes more evaluations.
     """
-    from torchcfm.conditional_flow_matching import ConditionalFlowMatcher
+    from torchcfm.conditional_flow_matching import ConditionalFlowMatcher as TheirMatcher
     from torchcfm.models.unet import UNetModel
 
-    model = UNetModel(dim=(1, 28, 28), num_channels=32, num_res_blocks=1, num_classes=10, class_cond=True)
-    optimizer, matcher = torch.optim.Adam(model.to(device).parameters()), ConditionalFlowMatcher(sigma=0.0)
+    model = UNetModel(dim=(1, 28, 28), num_channels=32, num_res_blocks=1, num_classes=10,
+                      class_cond=True)
+    optimizer = torch.optim.Adam(model.to(device).parameters())
+    matcher = TheirMatcher(sigma=0.0)
 
     def loss_of(x, y):
         t, xt, ut = matcher.sample_location_and_conditional_flow(torch.randn_like(x), x)
         return (model(t, xt, y) - ut).square().mean()
 
     def draw_peer(y):
+        ours = VelocityField(model, ConditionalFlowMatcher())            # of the same path
         noise = torch.randn(len(y), 1, 28, 28, device=device)
-        return draw(VelocityField(model, matcher), noise, y, STEPS, "dpm++")[0]
+        return draw(ours, noise, y, "dpm++", STEPS)
 
     return model, 128, stepper(optimizer, loss_of), draw_peer, True
 
 
 def labml():
     """
-    github.com/labmlai/annotated_deep_learning_paper_implementations, labml_nn/diffusion/ddpm/experiment.py,
-    with what it says of MNIST: five epochs, pictures in [0, 1], no labels. Changed: digits get a margin and
-    are not enlarged; drawn by DPM-Solver++, not in 1000 steps, and without the dropout that there stays on.
+    github.com/labmlai/annotated_deep_learning_paper_implementations, with what it says of MNIST in
+    labml_nn/diffusion/ddpm/experiment.py: five epochs, pictures in [0, 1], no labels. Changed:
+    digits get a margin and are not enlarged; drawn by DPM-Solver++, not in 1000 steps, and without
+    the dropout that there stays on.
     """
     from labml_nn.diffusion.ddpm import DenoiseDiffusion as Diffusion
     from labml_nn.diffusion.ddpm.unet import UNet
 
-    model = UNet(image_channels=1, n_channels=64, ch_mults=[1, 2, 2, 4], is_attn=[False, False, False, True])
+    model = UNet(image_channels=1, n_channels=64, ch_mults=[1, 2, 2, 4],
+                 is_attn=[False, False, False, True])
     diffusion = Diffusion(model.to(device), n_steps=1000, device=device)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-5)
 
@@ -115,7 +129,7 @@ def labml():
 
     def draw_peer(y):
         ours = DenoiseDiffusion(lambda t, x, y: model(x, t), 1000, device)
-        x, _ = draw(ours, torch.randn(len(y), 1, 32, 32, device=device), None, STEPS, "dpm++")
+        x = draw(ours, torch.randn(len(y), 1, 32, 32, device=device), None, "dpm++", STEPS)
         return 2 * x[..., 2:-2, 2:-2] - 1
 
     return model, 64, stepper(optimizer, loss_of), draw_peer, False
@@ -123,9 +137,10 @@ def labml():
 
 def diffusers():
     """
-    github.com/huggingface/diffusion-models-class, unit 2, class_conditioned_diffusion_model_example;
-    ten epochs there, the label as four more channels, t from 0 to 998. Changed: drawn by DPM-Solver++, not in
-    1000 steps, and from t = 979 down, for above so little is left of a picture that eps cannot tell it.
+    github.com/huggingface/diffusion-models-class, class_conditioned_diffusion_model_example of unit
+    2; ten epochs there, the label as four more channels, t from 0 to 998. Changed: drawn by
+    DPM-Solver++, not in 1000 steps, and from t = 979 down, since above that too little is left of a
+    picture for eps to show it.
     """
     from diffusers import DDPMScheduler, UNet2DModel
 
@@ -139,7 +154,8 @@ def diffusers():
     schedule = DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2")
 
     def eps_model(t, x, y):
-        return unet(torch.cat([x, embedding(y)[..., None, None].expand(-1, -1, 28, 28)], 1), t).sample
+        label = embedding(y)[..., None, None].expand(-1, -1, 28, 28)
+        return unet(torch.cat([x, label], 1), t).sample
 
     def loss_of(x, y):
         eps, t = torch.randn_like(x), torch.randint(999, (len(x),), device=device)
@@ -147,23 +163,24 @@ def diffusers():
 
     def draw_peer(y):
         ours = DenoiseDiffusion(eps_model, 1000, device, schedule="cosine")
-        ours.alpha_bar, ours.one_minus_alpha_bar = ours.alpha_bar[:980], ours.one_minus_alpha_bar[:980]
-        return draw(ours, torch.randn(len(y), 1, 28, 28, device=device), y, STEPS, "dpm++")[0]
+        ours.n_steps, ours.tau, ours.taus = 980, ours.tau[:980], ours.taus[:980]
+        return draw(ours, torch.randn(len(y), 1, 28, 28, device=device), y, "dpm++", STEPS)
 
     return model, 128, stepper(optimizer, loss_of), draw_peer, True
 
 
 def ddpm_pytorch():
     """
-    github.com/lucidrains/denoising-diffusion-pytorch, its README and the defaults of its Trainer; 700,000
-    steps there, of two batches of 32. Changed: one channel, 32 x 32, no mirroring; full precision and no
-    flash attention, for a CPU; drawn by its own DDIM in 20 steps, not 250.
+    github.com/lucidrains/denoising-diffusion-pytorch, its README and the defaults of its Trainer;
+    700,000 steps there, of two batches of 32. Changed: one channel, 32 x 32, no mirroring; full
+    precision and no flash attention, for a CPU; drawn by its own DDIM in 20 steps, not 250.
     """
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
     from ema_pytorch import EMA
 
     unet = Unet(dim=64, dim_mults=(1, 2, 4, 8), channels=1)
-    model = GaussianDiffusion(unet, image_size=32, timesteps=1000, sampling_timesteps=STEPS).to(device)
+    model = GaussianDiffusion(unet, image_size=32, timesteps=1000, sampling_timesteps=STEPS)
+    model.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=8e-5, betas=(0.9, 0.99))
     ema = EMA(model, beta=0.995, update_every=10)
 
@@ -180,25 +197,29 @@ def ddpm_pytorch():
         return total
 
     def draw_peer(y):
-        with contextlib.redirect_stderr(io.StringIO()):                   # where its progress bars go
+        with contextlib.redirect_stderr(io.StringIO()):              # where its progress bars go
             return 2 * ema.eval().sample(batch_size=len(y))[..., 2:-2, 2:-2] - 1
 
     return model, 64, step, draw_peer, False
 
 
 # the recipe, what it imports, and what to install where that is missing
-RECIPES = {"torchcfm": (torchcfm, "torchcfm.models.unet", "-r bench/requirements.txt && "
-                        "pip install --no-deps torchcfm"),
-           "labml": (labml, "labml_nn.diffusion.ddpm.unet", "--no-deps labml-nn"),
-           "diffusers": (diffusers, "diffusers.models.unets.unet_2d", "diffusers"),
-           "ddpm-pytorch": (ddpm_pytorch, "denoising_diffusion_pytorch", "-r bench/requirements.txt && "
-                            "pip install --no-deps denoising-diffusion-pytorch")}
+RECIPES = {
+    "torchcfm": (torchcfm, "torchcfm.models.unet",
+                 "-r bench/requirements.txt && pip install --no-deps torchcfm"),
+    "labml": (labml, "labml_nn.diffusion.ddpm.unet", "--no-deps labml-nn"),
+    "diffusers": (diffusers, "diffusers.models.unets.unet_2d", "diffusers"),
+    "ddpm-pytorch": (ddpm_pytorch, "denoising_diffusion_pytorch",
+                     "-r bench/requirements.txt && "
+                     "pip install --no-deps denoising-diffusion-pytorch"),
+}
 
 
 def run_peer(name, x, y):
-    """Train by the recipe, draw, save the pictures: (parameters, minutes, iterations, evaluations)."""
+    """Train by the recipe, draw and save: (parameters, minutes, iterations, evaluations)."""
     torch.manual_seed(seed)
-    model, batch_size, step, draw_peer, labelled = RECIPES[name][0]()
+    recipe, _, _ = RECIPES[name]
+    model, batch_size, step, draw_peer, labelled = recipe()
     model.train()
     losses, start = [], time.time()
     while time.time() - start < 60 * minutes:
@@ -208,7 +229,8 @@ def run_peer(name, x, y):
     print(f"{name}: loss from {losses[0]:.4f} to {np.mean(losses[-20:]):.4f}, drawing", flush=True)
 
     model.eval()
-    pictures, labels, start = [], torch.arange(n_samples, device=device) % 10, time.time()
+    labels = torch.arange(n_samples, device=device) % 10
+    pictures, start = [], time.time()
     for part in labels.split(20):
         with torch.no_grad():
             drawn = (draw_peer(part) * 127.5 + 127.5).round().clip(0, 255).byte()
@@ -217,52 +239,61 @@ def run_peer(name, x, y):
             break
     pictures = np.concatenate(pictures)
     labels = [labels[:len(pictures)].cpu().numpy()] if labelled else []
-    np.savez(Path(out_dir, f"{name}.npz"), pictures, *labels)             # named arr_0, arr_1 by numpy
+    np.savez(Path(out_dir, f"{name}.npz"), pictures, *labels)        # named arr_0, arr_1 by numpy
     return sum(p.numel() for p in model.parameters()), spent / 60, len(losses), STEPS
 
 
+def run_script(file, *options):
+    """(seconds since it said where its files go, all that it said) of a script, on this device."""
+    start, said = time.time(), ""
+    command = [sys.executable, ROOT / file, *options, f"--device={device}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            said += line
+            if "ckpt.pt go to" in line:
+                start = time.time()
+    if process.returncode:
+        fail(f"{file} ended with exit code {process.returncode}")
+    return time.time() - start, said
+
+
 def run_ours(name):
-    """The same of cfm.py or ddpm.py, and of sample.py, as anyone runs them, the options as they come."""
-    def script(file, *options):
-        """(seconds since it said where its files go, all that it said)"""
-        start, said, command = time.time(), "", [sys.executable, ROOT / file, *options, f"--device={device}"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            for line in process.stdout:
-                start, said = time.time() if "ckpt.pt go to" in line else start, said + line
-        if process.returncode:
-            fail(f"{file} ended with exit code {process.returncode}")
-        return time.time() - start, said
-
+    """The same of cfm.py or ddpm.py, drawn by sample.py, with the options as they come."""
     def train(max_iters, folder):
-        return script(f"{name}.py", f"--max_iters={max_iters}", f"--seed={seed}", f"--out_dir={folder}",
-                      f"--data_dir={data_dir}", "--overwrite")
+        return run_script(f"{name}.py", f"--max_iters={max_iters}", f"--seed={seed}",
+                          f"--out_dir={folder}", f"--data_dir={data_dir}", "--overwrite")
 
+    # a short trial shows how many iterations there is time for
     default = importlib.import_module(name)
     trial, folder, file = [Path(out_dir, name + ending) for ending in ("-trial", "", ".npz")]
     spent, _ = train(3 * default.log_interval, trial)
     with open(trial / "log.csv") as f:
         steps = [default.batch_size / float(row["pictures_per_s"]) for row in csv.DictReader(f)]
-    evaluation = max(0, spent - default.log_interval * sum(steps))       # every eval_interval, and at the end
+    evaluation = max(0, spent - default.log_interval * sum(steps))   # at eval_interval and the end
     step = sum(steps[1:]) / len(steps[1:]) + evaluation / default.eval_interval
     iterations = max(1, round((60 * minutes - evaluation) / step))
     print(f"{name}: {iterations} iterations should take {minutes:g} minutes", flush=True)
+
     spent, said = train(iterations, folder)
     parameters = int(re.search(r"([\d,]+) parameters", said)[1].replace(",", ""))
-    _, said = script("sample.py", f"--out_dir={folder}", f"--n_samples={n_samples}", f"--save={file}")
-    return parameters, spent / 60, iterations, int(re.search(r"(\d+) evaluations of the model: ", said)[1])
+    _, said = run_script("sample.py", f"--out_dir={folder}", f"--n_samples={n_samples}",
+                         f"--save={file}")
+    evaluations = int(re.search(r"(\d+) evaluations of the model: ", said)[1])
+    return parameters, spent / 60, iterations, evaluations
 
 
 if __name__ == "__main__":
-    configure(globals(), {"minutes sampling_minutes": (0.01, math.inf), "n_samples": (2, math.inf),
-                          "seed": (0, 2**63 - 1)})
+    configure(globals(), LIMITS)
     for name in peers.split(","):
         if name not in [*RECIPES, "cfm", "ddpm"]:
-            fail(f"--peers: there is no {name!r}, choose from {','.join([*RECIPES, 'cfm', 'ddpm'])}")
+            known = ",".join([*RECIPES, "cfm", "ddpm"])
+            fail(f"--peers: there is no {name!r}, choose from {known}")
         if name in RECIPES:
+            _, module, packages = RECIPES[name]
             try:
-                importlib.import_module(RECIPES[name][1])
+                importlib.import_module(module)
             except ImportError as e:
-                fail(f"{name} is missing ({e}): leave it out of --peers, or pip install {RECIPES[name][2]}")
+                fail(f"{name} is missing ({e}): leave it out of --peers, or pip install {packages}")
     device, *_ = choose_machine(device)
     with explained():
         Path(out_dir).mkdir(parents=True, exist_ok=True)
@@ -274,18 +305,22 @@ if __name__ == "__main__":
     def columns(x, y):
         """The last four, of pictures uint8 (N, 1, 28, 28) and labels or None."""
         distance, recognised, covered, _ = verdict(judge, real, x, y)
-        return f"{len(x)} | {distance / floor:.2f} | {recognised:.1%} | {covered:.1%}".replace("nan%", "-")
+        recognised = "-" if math.isnan(recognised) else f"{recognised:.1%}"
+        return f"{len(x)} | {distance / floor:.2f} | {recognised} | {covered:.1%}"
 
-    table = ["| | parameters | minutes | iterations | s/step | evaluations | pictures | x floor | recognised "
-             "| coverage |", "|---" + 9 * "|---:" + "|",
-             f"| training images | | | | | | {columns(x_train[:n_samples], y_train[:n_samples])} |"]
+    table = [
+        "| | parameters | minutes | iterations | s/step | evaluations | pictures | x floor "
+        "| recognised | coverage |",
+        "|---" + 9 * "|---:" + "|",
+        f"| training images | | | | | | {columns(x_train[:n_samples], y_train[:n_samples])} |",
+    ]
     for name in peers.split(","):
-        parameters, took, iterations, evaluations = \
-            run_peer(name, x_train, y_train) if name in RECIPES else run_ours(name)
+        run = run_peer(name, x_train, y_train) if name in RECIPES else run_ours(name)
+        parameters, took, iterations, evaluations = run
         arrays = np.load(Path(out_dir, f"{name}.npz"))
         x = torch.tensor(arrays["arr_0"], device=device).permute(0, 3, 1, 2)
         y = torch.tensor(arrays["arr_1"], device=device) if "arr_1" in arrays else None
-        table.append(f"| {name} | {parameters:,} | {took:.1f} | {iterations} | {60 * took / iterations:.3g} "
-                     f"| {evaluations} | {columns(x, y)} |")
+        table.append(f"| {name} | {parameters:,} | {took:.1f} | {iterations} "
+                     f"| {60 * took / iterations:.3g} | {evaluations} | {columns(x, y)} |")
         print(table[-1], flush=True)
     print("\n" + "\n".join(table))

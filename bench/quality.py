@@ -1,19 +1,25 @@
 """
-How good are drawn MNIST digits? A classifier trained here, once, judges them: any .npz that sample.py writes.
+How good are drawn MNIST digits? A classifier, trained here once, judges any .npz of sample.py.
 
     python sample.py --out_dir=out/cfm --n_samples=10000 --save=out/cfm/digits.npz
-    python bench/quality.py out/cfm/digits.npz                  # as many files as you like; a row for each
+    python bench/quality.py out/cfm/digits.npz        # as many files as you like; a row for each
 
-The first run trains the classifier: seeded, some minutes on two cores, then kept in data_dir. A row gives
-    distance     Frechet distance between the classifier's features of the pictures and the 10,000 test images
-    x floor      the same as a multiple of the floor: the mean distance of six times 10,000 training images to
-                 the test set. The distance itself is in the classifier's units, which mean nothing elsewhere
-    recognised   the share that the classifier takes for the digit that was asked for (files with labels)
-    coverage     the share of test images with a drawn one nearer, in features, than their fifth nearest among
-                 themselves (Naeem et al. 2020, arXiv 2002.09797); the floor's row says what to hope for
+The first run trains the classifier: seeded, some minutes on two cores, then kept in data_dir. A row
+gives
+    distance     Frechet distance between the classifier's features of the pictures and those of the
+                 10,000 test images
+    x floor      the same as a multiple of the floor: the mean distance of six times 10,000 training
+                 images to the test set. The distance itself is in the classifier's units, which
+                 mean nothing elsewhere
+    recognised   the share that the classifier takes for the digit that was asked for (files with
+                 labels)
+    coverage     the share of test images with a drawn one nearer, in features, than their fifth
+                 nearest among themselves (Naeem et al. 2020, arXiv 2002.09797); the floor's row
+                 says what to hope for
     counts       how many are taken for a 0, a 1, ... a 9
-The floor's pictures are those that the classifier was trained with, so some of it is what it learned by heart.
-Fewer than 10,000 pictures are judged too, but the distance then comes out larger: compare equal numbers.
+The floor's pictures are those that the classifier was trained with, so some of it is what it
+learned by heart. Fewer than 10,000 pictures are judged too, but the distance then comes out larger:
+compare equal numbers.
 """
 import math
 import sys
@@ -25,26 +31,43 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from configurator import choose_machine, configure, explained, fail, load_data, save_checkpoint
+from configurator import configure, explained, fail
+from core.data import load_data
+from core.machine import choose_machine
+from core.run import save_checkpoint
 
-# ------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 data_dir = "data"            # of MNIST, and of the classifier once trained
-judge_seed = 0               # another one trains another judge: a check that a result is not this one's taste
+judge_seed = 0               # of another judge: to check that a result is not this one's taste
 judge_epochs = 6
 device = "cpu"
-# ------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
+LIMITS = {"judge_epochs": (1, math.inf), "judge_seed": (0, 2**63 - 1)}
 
 
 class Judge(nn.Module):
-    """(B, 1, 28, 28) in [-1, 1] -> ten classes' logits (B, 10); features() is what comes before, (B, 128)."""
+    """
+    Ten classes' logits (B, 10) of pictures (B, 1, 28, 28) in [-1, 1].
+
+    features() is what comes before, (B, 128).
+    """
 
     def __init__(self):
         super().__init__()
+
         def conv(a, b, stride):
             return [nn.Conv2d(a, b, 3, stride, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
 
-        self.features = nn.Sequential(*conv(1, 32, 1), *conv(32, 64, 2), nn.MaxPool2d(2), *conv(64, 128, 1),
-                                      nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128 * 9, 128), nn.ReLU())
+        self.features = nn.Sequential(
+            *conv(1, 32, 1),
+            *conv(32, 64, 2),
+            nn.MaxPool2d(2),
+            *conv(64, 128, 1),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(128 * 9, 128),
+            nn.ReLU(),
+        )
         self.classes = nn.Linear(128, 10)
 
     def forward(self, x):
@@ -57,27 +80,31 @@ def to_float(x):
 
 def jitter(x):
     """Each of the pictures (B, 1, H, W) turned, scaled and shifted a little."""
-    turn, scale = 0.2 * (2 * torch.rand(len(x)) - 1), 1 + 0.15 * (2 * torch.rand(len(x)) - 1)
+    turn = 0.2 * (2 * torch.rand(len(x)) - 1)
+    scale = 1 + 0.15 * (2 * torch.rand(len(x)) - 1)
     shift = 0.15 * (2 * torch.rand(len(x), 2) - 1)
     cos, sin = scale * turn.cos(), scale * turn.sin()
-    theta = torch.stack([cos, -sin, shift[:, 0], sin, cos, shift[:, 1]], 1).reshape(-1, 2, 3).to(x.device)
-    return F.grid_sample(x + 1, F.affine_grid(theta, x.shape, align_corners=False), align_corners=False) - 1
+    theta = torch.stack([cos, -sin, shift[:, 0], sin, cos, shift[:, 1]], 1).reshape(-1, 2, 3)
+    grid = F.affine_grid(theta.to(x.device), x.shape, align_corners=False)
+    return F.grid_sample(x + 1, grid, align_corners=False) - 1
 
 
 def train(x, y, seed, epochs, batch_size=256, lr=5e-3):
     """A judge trained on digits x uint8 (N, 1, 28, 28), their classes y (N,)."""
     torch.manual_seed(seed)
-    judge, steps = Judge().to(x.device, memory_format=torch.channels_last), epochs * (len(x) // batch_size)
+    judge = Judge().to(x.device, memory_format=torch.channels_last)
+    batches = len(x) // batch_size                # whole ones, in an epoch
     optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * batches)
     for epoch in range(epochs):
-        for i in torch.randperm(len(x)).to(x.device).split(batch_size)[:len(x) // batch_size]:
+        for i in torch.randperm(len(x)).to(x.device).split(batch_size)[:batches]:
             loss = F.cross_entropy(judge(jitter(to_float(x[i]))), y[i], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-        print(f"training the judge: epoch {epoch + 1} of {epochs}, loss {loss.item():.4f}", flush=True)
+        print(f"training the judge: epoch {epoch + 1} of {epochs}, loss {loss.item():.4f}",
+              flush=True)
     return judge.eval()
 
 
@@ -89,44 +116,46 @@ def look(judge, x):
 
 
 def frechet(a, b):
-    """Squared Frechet distance between Gaussians with the means and covariances of a and b, (N, D) each."""
+    """Squared Frechet distance between Gaussians of the same moments as a and b, (N, D) each."""
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    # the trace of the root of cov_a cov_b: its eigenvalues are those of a product of two positive matrices
+    # the trace of the root of cov_a cov_b, whose eigenvalues are not negative: both are covariances
     root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root).item()
+    shift = (a.mean(0) - b.mean(0)).square().sum()
+    return (shift + cov_a.trace() + cov_b.trace() - 2 * root).item()
 
 
 def coverage(real, drawn, k=5):
-    """Share of real (N, D) with one of drawn (M, D) as near as their k-th nearest among themselves."""
+    """Share of real (N, D) with one of drawn (M, D) as near as the k-th nearest other real one."""
     covered = 0
     for part in real.split(1000):
-        radius = torch.cdist(part, real).kthvalue(k + 1).values               # the nearest is itself
+        radius = torch.cdist(part, real).kthvalue(k + 1).values       # the nearest is itself
         covered += (torch.cdist(part, drawn).min(1).values <= radius).sum().item()
     return covered / len(real)
 
 
 def load_judge(data_dir, seed=0, epochs=6, device="cpu"):
     """(judge, MNIST's splits as of load_data()): trained now, or before and kept in data_dir."""
-    (x, y), (x_test, y_test) = splits = [(x.to(device), y.to(device)) for x, y in load_data("mnist", data_dir)]
+    splits = [(x.to(device), y.to(device)) for x, y in load_data("mnist", data_dir)]
     path = Path(data_dir, f"judge-{seed}-{epochs}.pt")
     if path.exists():
         judge = Judge().to(device).eval()
         judge.load_state_dict(torch.load(path, map_location=device, weights_only=True))
     else:
-        judge = train(x, y, seed, epochs)
+        judge = train(*splits[0], seed, epochs)
         save_checkpoint(path, **judge.state_dict())
     return judge, splits
 
 
 def floors(judge, real, x):
-    """The distances of each 10,000 training images of x to the test set, of which real are the features."""
+    """The distance of each 10,000 training images of x to the test set, whose features are real."""
     return [frechet(look(judge, part)[0], real) for part in x.split(10_000)]
 
 
 def verdict(judge, real, x, y=None):
     """
-    (distance, share recognised or nan, coverage, counts (10,)) of pictures x uint8 (N, 1, 28, 28), labels y
-    (N,) or None, beside the test set, of which real are the features.
+    (distance, share recognised or nan, coverage, counts (10,)), real being the test set's features.
+
+    Pictures x are uint8 (N, 1, 28, 28), labels y (N,) or None.
     """
     features, classes = look(judge, x)
     recognised = math.nan if y is None else (classes == y).double().mean().item()
@@ -134,21 +163,25 @@ def verdict(judge, real, x, y=None):
     return frechet(features, real), recognised, coverage(real, features), counts
 
 
+def read_pictures(file):
+    """(x uint8 (N, 1, 28, 28), y (N,) or None) of an .npz file; calls fail() if it holds others."""
+    with explained(f"{file}: "):
+        arrays = np.load(file)
+        x = torch.tensor(arrays["arr_0"])
+        y = torch.tensor(arrays["arr_1"]) if "arr_1" in arrays else None
+    if x.shape[1:] != (28, 28, 1) or x.dtype != torch.uint8 or len(x) < 2:
+        fail(f"{file}: arr_0 must be uint8 (N, 28, 28, 1), two at least, "
+             f"but is {x.dtype} {tuple(x.shape)}")
+    if y is not None and y.shape != x.shape[:1]:
+        fail(f"{file}: arr_1 must be a label for each of {len(x)} pictures, "
+             f"but is {tuple(y.shape)}")
+    return x.permute(0, 3, 1, 2), y
+
+
 if __name__ == "__main__":
     files = [a for a in sys.argv[1:] if a.endswith(".npz") and not a.startswith("--")]
-    configure(globals(), {"judge_epochs": (1, math.inf), "judge_seed": (0, 2**63 - 1)},
-              [a for a in sys.argv[1:] if a not in files])
-    drawn = {}
-    for file in files:
-        with explained(f"{file}: "):
-            arrays = np.load(file)
-            x, y = torch.tensor(arrays["arr_0"]), torch.tensor(arrays["arr_1"]) if "arr_1" in arrays else None
-        if x.shape[1:] != (28, 28, 1) or x.dtype != torch.uint8 or len(x) < 2:
-            fail(f"{file}: arr_0 must be uint8 (N, 28, 28, 1), two at least, "
-                 f"but is {x.dtype} {tuple(x.shape)}")
-        if y is not None and y.shape != x.shape[:1]:
-            fail(f"{file}: arr_1 must be a label for each of {len(x)} pictures, but is {tuple(y.shape)}")
-        drawn[file] = x.permute(0, 3, 1, 2), y
+    configure(globals(), LIMITS, [a for a in sys.argv[1:] if a not in files])
+    drawn = {file: read_pictures(file) for file in files}
 
     device, *_ = choose_machine(device)
     with explained():
@@ -157,11 +190,12 @@ if __name__ == "__main__":
     real, classes = look(judge, x_test)
     print(f"the judge knows {(classes == y_test).float().mean():.2%} of the test set")
     floor = np.mean(floors(judge, real, x_train))
-    print(f"{'':40} {'pictures':>8} {'distance':>9} {'x floor':>8} {'recognised':>10} {'coverage':>8}  counts")
+    print(f"{'':40} {'pictures':>8} {'distance':>9} {'x floor':>8} {'recognised':>10} "
+          f"{'coverage':>8}  counts")
     drawn = {"10,000 training images": (x_train[:10_000], y_train[:10_000])} | drawn
     for name, (x, y) in drawn.items():
         y = None if y is None else y.to(device)
         distance, recognised, covered, counts = verdict(judge, real, x.to(device), y)
-        print(f"{name[-40:]:40} {len(x):8} {distance:9.3f} {distance / floor:8.2f} {recognised:10.2%} "
-              f"{covered:8.2%}  " + " ".join(map(str, counts)), flush=True)
+        print(f"{name[-40:]:40} {len(x):8} {distance:9.3f} {distance / floor:8.2f} "
+              f"{recognised:10.2%} {covered:8.2%}  " + " ".join(map(str, counts)), flush=True)
     print(f"the floor, the mean of six times 10,000 training images: {floor:.3f}")

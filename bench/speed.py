@@ -1,14 +1,15 @@
 """
 Where the time of a training step goes, and of sampling, beside what this machine could do at best.
 
-    python bench/speed.py cfm                                   # the default run of cfm.py
-    python bench/speed.py ddpm config/cifar10.py --batch_size=32    # any options of the script after its name
+    python bench/speed.py cfm                                        # the default run of cfm.py
+    python bench/speed.py ddpm config/cifar10.py --batch_size=32     # any options of the script
+    python bench/speed.py ddpm --help                                # lists them
 
-The step is that of the script, on random pictures of the data set's shape; times are medians. The ceiling is
-the best of some large convolutions and matrix products, measured in the same run: what a network of this kind
-could reach if nothing but arithmetic took time. A step counts as three forward passes. On CUDA everything is
-measured with and without torch.compile, and in bfloat16 and float32; utilisation is of the ceiling in the
-same precision.
+The step is that of the script, on random pictures of the data set's shape; times are medians. The
+ceiling is the best of some large convolutions and matrix products, measured in the same run: what a
+network of this kind could reach if nothing but arithmetic took time. A step counts as three forward
+passes. On CUDA everything is measured with and without torch.compile, and in bfloat16 and float32;
+utilisation is of the ceiling in the same precision.
 """
 import copy
 import importlib
@@ -23,12 +24,17 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from configurator import choose_machine, configure, explained, fail
+from configurator import TRAINING, configure, fail
+from core.machine import choose_machine, count_flops
 from sample import draw
 from unet import Muon, UNet
 
-SHAPES = {"mnist": (1, 28, 28), "fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32), "synthetic": (1, 28, 28)}
-SIZES = "channels", "channel_mults", "n_res_blocks", "attention_levels", "dropout", "patch"
+SHAPES = {
+    "mnist": (1, 28, 28),
+    "fashion_mnist": (1, 28, 28),
+    "cifar10": (3, 32, 32),
+    "synthetic": (1, 28, 28),
+}
 
 
 def seconds(f, device, least=3.0):
@@ -40,8 +46,10 @@ def seconds(f, device, least=3.0):
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    call(), call()
-    times, end = [call(), call(), call()], time.perf_counter() + least
+    call()
+    call()
+    times = [call(), call(), call()]
+    end = time.perf_counter() + least
     while time.perf_counter() < end:
         times.append(call())
     return statistics.median(times)
@@ -54,103 +62,143 @@ def ceiling(device, dtype):
     a = torch.randn(n, n, device=device, dtype=dtype)
     best = 2 * n**3 / seconds(lambda: a @ a, device, 1)
     for c in (128, 256):
-        x = torch.randn(b, c, 28, 28, device=device, dtype=dtype).to(memory_format=torch.channels_last)
-        w = torch.randn(c, c, 3, 3, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+        x = torch.randn(b, c, 28, 28, device=device, dtype=dtype)
+        w = torch.randn(c, c, 3, 3, device=device, dtype=dtype)
+        x, w = [v.to(memory_format=torch.channels_last) for v in (x, w)]
         flops = 2 * 9 * c * c * b * 28 * 28
         best = max(best, flops / seconds(lambda: F.conv2d(x, w, padding=1), device, 1))
     return best / 1e9
 
 
-def measure(script, config, device, dtype, compiled):
-    """Prints the figures of one setting."""
-    kind, top = getattr(torch, dtype), ceiling(device, getattr(torch, dtype))
-    if "cuda" in device:
-        torch.cuda.reset_peak_memory_stats()      # without the ceiling's matrices
-    (C, *sides), B = SHAPES[config["dataset"]], config["batch_size"]
-    shape = C, *([config["image_size"]] * 2 if config["image_size"] else sides)
-    torch.manual_seed(0)
-    model = UNet(shape[0], num_classes=10 if config["conditional"] else 0, **{k: config[k] for k in SIZES})
-    model = model.to(device, memory_format=torch.channels_last)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = (Muon(model.parameters(), lr=1e-5) if config["muon"] else
-                 torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True))
-    autocast = torch.autocast(torch.device(device).type, kind, enabled=dtype != "float32")
-    trained = script.build(torch.compile(model) if compiled else model, config, device)
-    averaged = script.build(ema, config, device)
-    pictures = torch.randint(256, (10_000, *shape), dtype=torch.uint8, device=device)
-    y, noise = torch.arange(B, device=device) % 10, torch.randn(100, *shape, device=device)
-    spent = {}                                                              # seconds of each part of the step
+class Step:
+    """
+    A step of the script's training, on random pictures of a shape (C, H, W), a call each.
 
-    def part(name, f):
+    spent holds the seconds of each part of it, a list with an entry for each call.
+    """
+
+    def __init__(self, script, config, shape, num_classes, device, dtype, compiled):
+        torch.manual_seed(0)
+        sizes = {name: config[name] for name in script.ARCHITECTURE}
+        model = UNet(shape[0], num_classes=num_classes, **sizes)
+        self.model = model.to(device, memory_format=torch.channels_last)
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        betas = 0.9, config["adam_beta2"]
+        if config["muon"]:
+            self.optimizer = Muon(model.parameters(), lr=1e-5, betas=betas)
+        else:
+            self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=betas, fused=True)
+        self.autocast = torch.autocast(torch.device(device).type, getattr(torch, dtype),
+                                       enabled=dtype != "float32")
+        net = torch.compile(self.model) if compiled else self.model
+        self.method = script.build(net, config, device)
+        self.pictures = torch.randint(256, (10_000, *shape), dtype=torch.uint8, device=device)
+        labels = torch.arange(10_000) % num_classes if num_classes else torch.full((10_000,), -1)
+        self.labels = labels.to(device)
+        self.script, self.grad_clip, self.device = script, config["grad_clip"], device
+        self.iteration = 0
+        self.spent = {}
+
+    def part(self, name, f):
+        """f(), its time being that of the part of this name."""
         start = time.perf_counter()
         out = f()
-        if "cuda" in device:
+        if "cuda" in self.device:
             torch.cuda.synchronize()
-        spent.setdefault(name, []).append(time.perf_counter() - start)
+        self.spent.setdefault(name, []).append(time.perf_counter() - start)
         return out
 
-    def forward(x):
-        with autocast:
-            return trained.loss(x, y=y)
+    def forward(self, x, y):
+        with self.autocast:
+            return self.method.loss(x, y)
 
-    def step():
-        x = part("batch", lambda: pictures[torch.randint(10_000, (B,)).to(device)].float() / 127.5 - 1)
-        loss = part("forward", lambda: forward(x))
-        part("backward", loss.backward)
-        if config["grad_clip"]:
-            part("clip", lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), config["grad_clip"]))
-        part("optimizer", lambda: (optimizer.step(), optimizer.zero_grad()))
-        part("average", lambda: torch._foreach_lerp_(list(ema.parameters()),
-                                                     [p.detach() for p in model.parameters()], 0.001))
+    def clip(self):
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+
+    def optimize(self):
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def __call__(self):
+        script = self.script
+        x, y = self.part("batch", lambda: script.get_batch(self.pictures, self.labels))
+        loss = self.part("forward", lambda: self.forward(x, y))
+        self.part("backward", loss.backward)
+        if self.grad_clip:
+            self.part("clip", self.clip)
+        self.part("optimizer", self.optimize)
+        self.part("average", lambda: script.update_average(self.ema, self.model, self.iteration))
+        self.iteration += 1
+
+
+def measure(script, config, device, dtype, compiled):
+    """Prints the figures of one setting."""
+    cuda = "cuda" in device
+    top = ceiling(device, getattr(torch, dtype))
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()         # without the ceiling's matrices
+    (C, *sides), B = SHAPES[config["dataset"]], config["batch_size"]
+    shape = C, *([config["image_size"]] * 2 if config["image_size"] else sides)
+    num_classes = 10 if config["conditional"] else 0
+    step = Step(script, config, shape, num_classes, device, dtype, compiled)
 
     start = time.perf_counter()
     step()
     first = time.perf_counter() - start
     took = seconds(step, device, 10)
-    flops = 3 * B * ema.flops(torch.zeros(1, *shape, device=device))
-    print(f"\n{config['dataset']}, batch {B}, {sum(p.numel() for p in model.parameters()):,} parameters, "
+    one = {"t": torch.zeros(1, device=device), "x": torch.zeros(1, *shape, device=device)}
+    flops = 3 * B * count_flops(step.ema, **one)
+    parameters = sum(p.numel() for p in step.model.parameters())
+    print(f"\n{config['dataset']}, batch {B}, {parameters:,} parameters, "
           f"on {device}, {dtype}, {'compiled' if compiled else 'not compiled'}")
     print(f"  a step: {flops / 1e9:.1f} GFLOP, {1e3 * took:.1f} ms (the first: {first:.1f} s), "
           f"{B / took:.0f} pictures/s, {flops / took / 1e9:.0f} GFLOP/s, "
           f"{flops / took / 1e9 / top:.0%} of the ceiling of {top:.0f}")
-    print("  of a step: " + ", ".join(f"{name} {1e3 * statistics.median(s):.1f} ms"
-                                      for name, s in spent.items()))
+    print("  of a step: " + ", ".join(f"{name} {1e3 * statistics.median(times):.1f} ms"
+                                      for name, times in step.spent.items()))
 
-    cuda = "cuda" in device
-    with profile(activities=[ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]) as profiled:
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiled:
         for _ in range(3):
             step()
-    ops = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in profiled.key_averages()}
+    ops = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total
+           for e in profiled.key_averages()}
     total = sum(ops.values())
     largest = sorted(ops.items(), key=lambda op: -op[1])[:8]
     print("  by operation: " + ", ".join(f"{name[:40].removeprefix('aten::')} {t / total:.0%}"
                                          for name, t in largest))
 
+    averaged = script.build(step.ema, config, device)
+    noise = torch.randn(100, *shape, device=device)
+    y = torch.arange(100, device=device) % 10 if config["conditional"] else None
+
     def grid():
-        with autocast:
-            draw(averaged, noise, y=torch.arange(100, device=device) % 10 if config["conditional"] else None,
-                 steps=config["sample_steps"], sampler=config["sampler"])
+        with step.autocast:
+            draw(averaged, noise, y, config["sampler"], config["sample_steps"])
 
     took = seconds(grid, device)
-    memory = (f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB on the device" if cuda else
-              f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MiB, torch included")
+    if cuda:
+        memory = f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB on the device"
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        memory = f"{peak / 2**10:.0f} MiB, torch included"
     print(f"  100 pictures by {config['sampler']}, {config['sample_steps']} steps: {took:.2f} s; "
           f"peak memory {memory}", flush=True)
 
 
 if __name__ == "__main__":
     name, *argv = sys.argv[1:] or ["cfm"]
+    if name in ("-h", "--help"):
+        print(__doc__)
+        sys.exit()
     if name not in ("cfm", "ddpm"):
-        fail(f"{name}: the first word is the script to measure, cfm or ddpm, and then come its options")
+        fail(f"{name}: the first word is the script to measure, cfm or ddpm, "
+             "and then come its options")
     script = importlib.import_module(name)
-    config = configure(vars(script), script.LIMITS, argv)
+    config = configure(vars(script), TRAINING | script.LIMITS, argv)
     if config["dataset"] not in SHAPES:
         fail(f"--dataset={config['dataset']}: choose {' or '.join(SHAPES)}")
+    script.check_options(config)
     device, dtype, compiled = choose_machine(config["device"], config["dtype"], config["compile"])
-    with explained():                                                       # do the options go together?
-        script.build(None, config, "cpu")
-        with torch.device("meta"):
-            UNet(**{k: config[k] for k in SIZES})
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     if "cuda" in device:
         for dtype in ("bfloat16", "float32"):

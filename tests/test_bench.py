@@ -1,5 +1,6 @@
-"""The programs in bench/ at a small size: they run as told, and measure right what is known by hand."""
+"""The programs in bench/ at a small size: they run, and measure right what is known by hand."""
 
+import importlib
 import math
 import re
 import subprocess
@@ -10,10 +11,27 @@ import numpy as np
 import pytest
 import torch
 
-from configurator import draw_flowers
+from core.data import draw_flowers
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
+
+
+def bench(program, *args, cwd):
+    command = [sys.executable, str(ROOT / "bench" / program), *args]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("program", ["quality", "samplers", "speed", "peers", "toy2d"])
+def test_help_is_the_docstring(program, tmp_path):
+    """The options follow, if the program has any of its own."""
+    source = (ROOT / "bench" / f"{program}.py").read_text()
+    done = bench(f"{program}.py", "--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(source.split('"""')[1])
+    if program != "speed":  # whose options are those of the scripts
+        assert re.search(r"^\w+ = \S", done.stdout, re.M) and "\n# ---" not in done.stdout
+    assert not list(tmp_path.iterdir())
 
 
 def test_toy2d(tmp_path):
@@ -26,9 +44,7 @@ def test_toy2d(tmp_path):
         "--n_test=300",
         f"--picture={tmp_path}/toy.png",
     ]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "bench" / "toy2d.py"), *small], capture_output=True, text=True, timeout=300
-    )
+    done = bench("toy2d.py", *small, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "toy.png").read_bytes()[1:4] == b"PNG"
     rows = re.findall(r"(I-CFM|OT-CFM) +(1 step|dopri5|curvature) +([-\d.]+) ", done.stdout)
@@ -52,11 +68,6 @@ def test_wasserstein2_by_hand():
     assert x.mean(0).tolist() == pytest.approx([3 * 0.6 - 1, 3 * 0.35 - 1], abs=0.05)
 
 
-def bench(program, *args, cwd):
-    command = [sys.executable, str(ROOT / "bench" / program), *args]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
-
-
 def test_frechet_distance_by_hand():
     """Of N(m, S): |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)); with S2 = c^2 S1 that is (1 - c)^2 tr S1."""
     from quality import frechet
@@ -68,7 +79,7 @@ def test_frechet_distance_by_hand():
     assert frechet(a, a + shift) == pytest.approx(shift.square().sum().item(), rel=1e-9)
     trace, mean = torch.cov(a.T).trace().item(), a.mean(0)
     assert frechet(a, 3 * (a - mean) + mean) == pytest.approx(4 * trace, rel=1e-6)
-    dead = torch.cat([a, torch.zeros(500, 2).double()], 1)            # features that are always 0 do no harm
+    dead = torch.cat([a, torch.zeros(500, 2).double()], 1)  # features that are always 0 do no harm
     assert frechet(dead, dead + 1) == pytest.approx(10, rel=1e-6)
 
 
@@ -137,3 +148,97 @@ def test_speed(tmp_path):
     assert "convolution" in done.stdout and "100 pictures by" in done.stdout
     done = bench("speed.py", "ddmp", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cfm or ddpm" in done.stderr
+
+
+def test_speed_refuses_what_the_script_refuses(tmp_path):
+    done = bench("speed.py", "cfm", "--path=vp", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "straight paths" in done.stderr
+    done = bench("speed.py", "cfm", "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "python cfm.py" in done.stdout and "\nsigma = " in done.stdout
+
+
+@pytest.mark.parametrize("name", ["cfm", "ddpm"])
+@pytest.mark.parametrize("muon, grad_clip, classes", [(True, 1.0, 10), (False, 0.0, 0)])
+def test_a_step_of_speed_is_one_of_the_script(name, muon, grad_clip, classes, monkeypatch):
+    """Under the script's options, which are its globals."""
+    from speed import Step
+
+    script = importlib.import_module(name)
+    for option, value in {"batch_size": 32, "label_dropout": 0.5, "adam_beta2": 0.9}.items():
+        monkeypatch.setattr(script, option, value)
+    config = vars(script) | {"channels": 8, "muon": muon, "grad_clip": grad_clip}
+    step = Step(script, config, (1, 8, 8), classes, "cpu", "float32", compiled=False)
+    before = [p.clone() for p in step.model.parameters()]
+    averaged = [p.clone() for p in step.ema.parameters()]
+    seen, original = [], step.method.loss
+
+    def loss(x, y):
+        seen.append((x, y))
+        return original(x, y)
+
+    monkeypatch.setattr(step.method, "loss", loss)
+    for _ in range(20):
+        step()
+    parts = ["batch", "forward", "backward", "clip", "optimizer", "average"]
+    assert list(step.spent) == [part for part in parts if grad_clip or part != "clip"]
+    assert all(len(times) == 20 for times in step.spent.values())
+    assert step.optimizer.param_groups[0]["betas"] == (0.9, 0.9)
+    assert any((a != b).any() for a, b in zip(before, step.model.parameters()))
+    assert any((a != b).any() for a, b in zip(averaged, step.ema.parameters()))
+    x, y = (torch.cat(parts) for parts in zip(*seen))
+    assert x.shape == (640, 1, 8, 8) and x.min() >= -1 and x.max() <= 1
+    assert set(y.tolist()) == set(range(-1, classes))
+
+
+@pytest.mark.parametrize("name", ["cfm", "ddpm"])
+def test_samplers_take_as_many_steps_as_the_evaluations_suffice_for(name):
+    """Counted, for a model of tiny pictures: so many steps are affordable, and one more is not."""
+    from sample import draw
+    from samplers import EVALUATIONS, steps_for
+
+    calls = []
+
+    def model(t, x, y):
+        calls.append(len(x))
+        return torch.zeros_like(x)
+
+    def evaluations(sampler, steps):
+        calls.clear()
+        draw(method, torch.randn(2, 1, 2, 2), torch.zeros(2).long(), sampler, steps)
+        return len(calls)
+
+    script = importlib.import_module(name)
+    method = script.build(model, vars(script))
+    for sampler in set(script.LIMITS["sampler"]) - {"dopri5", "ancestral"}:
+        for most in EVALUATIONS:
+            steps = steps_for(sampler, most, name == "ddpm")
+            assert steps == 0 or evaluations(sampler, steps) <= most
+            assert evaluations(sampler, steps + 1) > most
+
+
+@pytest.mark.parametrize("name", ["cfm", "ddpm"])
+def test_samplers_counts_evaluations_for_each_batch(name, monkeypatch):
+    import samplers
+    from unet import UNet
+
+    script = importlib.import_module(name)
+    monkeypatch.setattr(samplers, "n_samples", 5)
+    monkeypatch.setattr(samplers, "batch_size", 2)
+    monkeypatch.setattr(samplers, "device", "cpu")
+    model = UNet(channels=8, num_classes=10).eval()
+    method = script.build(model, vars(script))
+    for sampler, steps in (("heun", 3), ("rk4", 2), ("dpm++", 4)):
+        x, y, evaluations = samplers.draw_digits(method, model, sampler, steps)
+        assert x.shape == (5, 1, 28, 28) and x.dtype == torch.uint8
+        assert y.tolist() == [0, 1, 2, 3, 4]
+        assert evaluations == {"heun": 5, "rk4": 8 if name == "cfm" else 5, "dpm++": 4}[sampler]
+
+    def judge(x, y):
+        return 2.0, 0.5
+
+    found = samplers.curves(method, model, name == "ddpm", ["rk4", "heun"], judge)
+    used = {sampler: [point[0] for point in points] for sampler, points in found.items()}
+    assert used["heun"] == [1, 1, 3, 7, 15, 31, 63]
+    assert used["rk4"] == ([4, 8, 16, 32, 64] if name == "cfm" else [1, 1, 1, 5, 13, 29, 61])

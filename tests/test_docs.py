@@ -1,0 +1,85 @@
+"""What the documents say: links lead somewhere, and what they name exists."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = ["README.md", "docs/mathematics.md", "bench/README.md", "tests/README.md"]
+LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
+
+
+def links(document):
+    """(text, file) of each link to a file of the project, pictures included."""
+    text = (ROOT / document).read_text()
+    found = [(words, target.split("#")[0]) for words, target in LINK.findall(text)]
+    return [(words, target) for words, target in found if target and "://" not in target]
+
+
+def names_in(path):
+    """Names of functions and classes in a Python file, of methods as Class.method."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            methods = [n for n in node.body if isinstance(n, ast.FunctionDef)]
+            names |= {f"{node.name}.{method.name}" for method in methods}
+    return names
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_link_leads_to_a_file_and_every_function_named_in_one_is_there(document):
+    found = links(document)
+    assert len(found) > 3
+    for words, target in found:
+        path = (ROOT / document).parent / target
+        assert path.exists(), f"{document}: {target} does not exist"
+        code = re.fullmatch(r"`([\w.]+)`", words)
+        if code and path.suffix == ".py" and not code[1].endswith(".py"):
+            assert code[1] in names_in(path), f"{document}: no {code[1]} in {target}"
+
+
+def test_the_theory_names_what_it_is_about():
+    """The functions that a student should find beside the formulas."""
+    named = {words.strip("`") for words, target in links("docs/mathematics.md")}
+    expected = """bound DenoiseDiffusion.q_xt_x0 DenoiseDiffusion.q_sample
+        DenoiseDiffusion.q_posterior_mean DenoiseDiffusion.q_posterior_mean_eps
+        DenoiseDiffusion.loss DenoiseDiffusion.p_sample DenoiseDiffusion.sample
+        VelocityField.loss VelocityField.sample VelocityField.velocity log_likelihood
+        ConditionalFlowMatcher.compute_conditional_flow classifier_free_guidance ddim euler"""
+    assert set(expected.split()) <= named
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_test_that_is_named_exists(document):
+    text = (ROOT / document).read_text()
+    tests = set()
+    for path in [ROOT / "test_smoke.py", *(ROOT / "tests").glob("test_*.py")]:
+        tests |= names_in(path)
+    named = set(re.findall(r"`(test_\w+)`", text))
+    assert named <= tests, named - tests
+    assert document != "tests/README.md" or len(named) > 40
+
+
+def test_every_option_on_the_front_page_exists():
+    options = set()
+    for script in ("ddpm", "cfm", "sample"):
+        for node in ast.parse((ROOT / f"{script}.py").read_text()).body:
+            if isinstance(node, ast.Assign):
+                options |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    named = set(re.findall(r"--([a-z_]+)", (ROOT / "README.md").read_text()))
+    others = {"standalone", "nproc_per_node", "no", "help", "all"}
+    assert named - others <= options, named - others - options
+
+
+def test_the_front_page_is_for_a_visitor_of_two_minutes():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150 and len(text.split()) <= 1700
+
+
+def test_the_weights_that_come_with_the_project_are_small():
+    for path in (ROOT / "assets").rglob("*"):
+        assert not path.is_file() or path.stat().st_size < 2_000_000, path

@@ -1,0 +1,130 @@
+"""Change one thing, as README says: a schedule, a path, a network, a data set, in one place each."""
+
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from test_smoke import ROOT, TINY
+
+pytestmark = pytest.mark.slow
+
+SIGMOID = '''
+def sigmoid_beta(n_steps):
+    """alpha_bar falls as a sigmoid, Jabri et al. 2022 (arXiv 2212.11972)."""
+    u = torch.linspace(-3, 3, n_steps + 1, dtype=torch.float64)
+    f = (-u).sigmoid() - torch.tensor(-3.0).sigmoid() + 1e-4
+    return 1 - f[1:] / f[:-1]
+
+
+'''
+PARABOLA = '''
+class ParabolicConditionalFlowMatcher(ConditionalFlowMatcher):
+    """Slow at the noise, fast at the data, and with a detour: mu_t = t^2 x1 + (1 - t)^2 x0."""
+    straight = False
+
+    def compute_mu_t(self, x0, x1, t):
+        t = expand_like(t, x0)
+        return t**2 * x1 + (1 - t) ** 2 * x0
+
+    def compute_conditional_flow(self, x0, x1, t, xt):
+        t = expand_like(t, x0)
+        return 2 * t * x1 - 2 * (1 - t) * x0
+
+
+'''
+STRAIGHT = PARABOLA.replace("straight = False", "straight = True").replace("t**2 * x1", "t * x1").replace(
+    "(1 - t) ** 2 * x0", "(1 - t) * x0").replace("2 * t * x1 - 2 * (1 - t) * x0", "x1 - x0")
+NETWORK = '''
+
+class UNet(nn.Module):
+    """Not a UNet: two convolutions, to which time and class are added. Has none of its attributes."""
+
+    def __init__(self, in_channels=1, num_classes=0, channels=8, **options):
+        super().__init__()
+        self.first = nn.Conv2d(in_channels + 1, channels, 3, padding=1)
+        self.classes = nn.Embedding(num_classes + 1, channels)
+        self.last = nn.Conv2d(channels, in_channels, 3, padding=1)
+
+    def forward(self, t, x, y=None):
+        time = t.reshape(-1, 1, 1, 1).expand(-1, 1, *x.shape[2:])
+        h = self.first(torch.cat([x, time], 1))
+        if y is not None:
+            h = h + self.classes(y + 1)[:, :, None, None]
+        return self.last(F.silu(h))
+'''
+UNCOUNTABLE = NETWORK.replace(
+    "        time = t",
+    "        if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:\n"
+    "            raise NotImplementedError('a kernel that only runs for real')\n"
+    "        time = t")
+
+
+@pytest.fixture
+def project(tmp_path):
+    for name in ("ddpm.py", "cfm.py", "unet.py", "sample.py", "configurator.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "core", tmp_path / "core")
+    return tmp_path
+
+
+def insert(file, before, text):
+    """text into a file, before the line that begins so."""
+    content = file.read_text()
+    assert content.count(f"\n{before}") == 1
+    file.write_text(content.replace(f"\n{before}", f"\n{text.lstrip()}{before}"))
+
+
+def run(project, script, *args, code=0):
+    command = [sys.executable, str(project / f"{script}.py"), *args]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def learns(project, script, *args):
+    """Trains for a few steps, draws by the command, and returns what was printed."""
+    printed = run(project, script, *TINY, "--max_iters=40", "--learning_rate=5e-3", "--out_dir=x", *args)
+    rows = [row.split(",") for row in (project / "x" / "log.csv").read_text().splitlines()[1:]]
+    held_out = [float(row[4]) for row in rows if row[4]]
+    assert held_out[1] < held_out[0]
+    run(project, "sample", "--out_dir=x", "--n_samples=4", "--save=x.npz", "--labels=1,2")
+    assert np.load(project / "x.npz")["arr_0"].std() > 0
+    return printed
+
+
+def test_a_schedule(project):
+    insert(project / "ddpm.py", "SCHEDULES = {", SIGMOID)
+    insert(project / "ddpm.py", "# What the model is asked for", 'SCHEDULES["sigmoid"] = sigmoid_beta\n\n')
+    learns(project, "ddpm", "--schedule=sigmoid")
+    message = run(project, "ddpm", "--schedule=sigmoidal", code=2)
+    assert "expected linear, cosine, sigmoid" in message
+
+
+def test_a_curved_path_is_refused_a_sampler_for_straight_ones_and_drawn_by_others(project):
+    insert(project / "cfm.py", "PATHS = {", PARABOLA)
+    insert(project / "cfm.py", "class VelocityField", 'PATHS["parabola"] = ParabolicConditionalFlowMatcher\n\n\n')
+    for sampler in ("dpm++", "ddim"):
+        message = run(project, "cfm", *TINY, "--path=parabola", f"--sampler={sampler}", code=2)
+        assert "is for straight paths, and this one is curved: add --sampler=euler" in message
+    learns(project, "cfm", "--path=parabola", "--sampler=euler")
+    message = run(project, "sample", "--out_dir=x", "--sampler=dpm++", code=2)
+    assert "is for straight paths" in message
+
+
+def test_a_straight_path_is_drawn_by_any_sampler(project):
+    insert(project / "cfm.py", "PATHS = {", STRAIGHT)
+    insert(project / "cfm.py", "class VelocityField", 'PATHS["line"] = ParabolicConditionalFlowMatcher\n\n\n')
+    learns(project, "cfm", "--path=line", "--sampler=dpm++")
+
+
+@pytest.mark.parametrize("network, counted", [(NETWORK, True), (UNCOUNTABLE, False)])
+@pytest.mark.parametrize("script", ["ddpm", "cfm"])
+def test_a_network(project, script, network, counted):
+    """Also one whose operations cannot be counted, which is no mistake: then their number is left out."""
+    with open(project / "unet.py", "a") as file:
+        file.write(network)
+    printed = learns(project, script)
+    assert ("MFLOP" in printed) == counted and " parameters" in printed
