@@ -31,6 +31,8 @@ overwrite = False         # let a run from scratch replace the one in out_dir
 dataset = "mnist"         # or fashion_mnist, cifar10, synthetic, a folder of pictures, an .npz file
 data_dir = "data"         # where downloads are kept
 image_size = 0            # side to bring pictures to; 0: as they are
+background = "white"      # colour behind transparent pictures: a name, or #rrggbb
+changed_data = False      # let a resumed run go on with other pictures than it had
 flip = False              # mirror pictures at random: never for digits
 conditional = True        # learn the labels, if there are any; false: unconditional
 label_dropout = 0.02      # share of labels hidden in training, so that guidance is possible
@@ -385,7 +387,8 @@ def evaluate(method, x, y, noise, u):
     torch.manual_seed(seed)
     quarters = []
     for quarter in range(4):
-        batches = zip(*[v.split(batch_size) for v in (x, y, noise, (quarter + u) / 4)])
+        times = ((quarter + u) / 4).clamp(max=1 - 2**-24)    # float32 may round it to 1
+        batches = zip(*[v.split(batch_size) for v in (x, y, noise, times)])
         total = sum(len(batch[0]) * method.loss(*batch) for batch in batches)
         quarters.append(total.item() / len(x))
     return [sum(quarters) / 4, *quarters]
@@ -396,8 +399,7 @@ def sample_grid(method, noise, y):
     from sample import draw
 
     batches = zip(noise.split(batch_size), y.split(batch_size))
-    parts = [draw(method, *batch, sampler, sample_steps, guidance) for batch in batches]
-    return torch.cat(parts)
+    return torch.cat([draw(method, *batch, sampler, sample_steps, guidance) for batch in batches])
 
 
 def check_options(config):
@@ -417,13 +419,13 @@ def check_options(config):
 
 
 ARCHITECTURE = ["channels", "channel_mults", "n_res_blocks", "attention_levels", "dropout", "patch"]
-FIXED += ["dataset", "image_size", "conditional", "muon", "adam_beta2", *ARCHITECTURE]
+FIXED += ["image_size", "conditional", "muon", "adam_beta2", *ARCHITECTURE]
 
 if __name__ == "__main__":
     from configurator import TRAINING, configure, explained, fail, resume
     from core.data import load_data
     from core.machine import choose_machine, describe_model, init_distributed
-    from core.run import Run, load_checkpoint, require_no_run
+    from core.run import Run, load_checkpoint, require_no_run, survive
     from unet import Muon, UNet
 
     # Options: the defaults, or those of the run that goes on, and over them the command line.
@@ -448,10 +450,10 @@ if __name__ == "__main__":
 
     # Data: all of it on the device, a byte a value, so that no loader is needed.
     with processes.main_first(), explained(f"--dataset={dataset}: "):
-        splits = load_data(dataset, data_dir, image_size, conditional)
-    (x_train, y_train), (x_val, y_val) = [(x.to(device), y.to(device)) for x, y in splits]
+        data = load_data(dataset, data_dir, image_size, conditional, background)
+    x_train, y_train, x_val, y_val = [v.to(device) for v in (*data.train, *data.held_out)]
     picture_shape = tuple(x_train.shape[1:])         # (C, H, W)
-    num_classes = int(max(y_train.max(), y_val.max())) + 1
+    num_classes = len(data.classes)
     if guidance != 1 and not num_classes:
         fail(f"--guidance={guidance}: {dataset} has no labels to be guided by")
 
@@ -469,8 +471,12 @@ if __name__ == "__main__":
     losses = torch.zeros(2, device=device)           # their sum and number since the last log line
     it = 0
     if checkpoint:
+        changed = data.differences(checkpoint["data"])
         if checkpoint["model_args"] != model_args:
-            fail(f"--dataset={dataset} has changed: the model is for {checkpoint['model_args']}")
+            fail(f"--dataset={dataset} does not fit the model in {out_dir} ({changed})")
+        if changed and not changed_data:
+            fail(f"--dataset={dataset} is not what the run in {out_dir} was trained on ({changed}): "
+                 "give the path to that, or go on with this by --changed_data")
         with explained(f"{out_dir}/ckpt.pt is of another version of this program: "):
             model.load_state_dict(checkpoint["model"])
             ema.load_state_dict(checkpoint["ema"])
@@ -497,6 +503,8 @@ if __name__ == "__main__":
     run = Run(out_dir, processes, it, max_iters, pictures_per_iter, bool(checkpoint), overwrite)
     run.say(f"{METHOD} on {dataset}: {len(x_train)} pictures of {picture_shape}, "
             f"{num_classes} classes")
+    if data.classes:
+        run.say(f"classes: {data.counts()}")
     run.say(describe_model(ema, t=u[:1], x=x_val[:1], y=y_val[:1]))
     run.say(f"{device}, {dtype}, {'compiled' if compile else 'not compiled'}, "
             f"{world_size} process{'es' if world_size > 1 else ''}")
@@ -540,11 +548,11 @@ if __name__ == "__main__":
         if evaluating or run.stopping:
             run.save_checkpoint(method=METHOD, config=config, iteration=it, losses=losses,
                                 model_args=model_args, picture_shape=picture_shape,
+                                data=data.summary(),
                                 model=model.state_dict(), ema=ema.state_dict(),
                                 optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
         if evaluating:
-            with autocast:
-                grid = sample_grid(averaged, grid_noise, grid_labels)
-            run.save_grid(it, grid, held_out)
+            with autocast, survive(FloatingPointError, "draw a grid"):    # a dopri5 that is stuck
+                run.save_grid(it, sample_grid(averaged, grid_noise, grid_labels), held_out)
         run.start_clock(it)
     run.finish(it)

@@ -43,7 +43,9 @@ rtol = 1e-4               # and relative
 exact = False             # likelihood of cfm: exact, for tiny pictures; false: an estimate
 guidance = 1.0            # 1: the conditional model; 0: the unconditional; above: exaggerated labels
 guidance_interval = (0.0, 1.0)  # where guidance acts, from 0, the noise, to 1, the data
-labels = ()               # the classes to draw, in turn: 3 or 3,1,4; (): all of them
+labels = ""               # the classes to draw, in turn: 3 or 3,1,4 or cat,dog; "": all of them
+dataset = ""              # where the run's data are now, if they have moved since
+data_dir = ""             # and where downloads are kept
 seed = 0                  # of the noise
 ema = True                # the averaged weights; false: the latest
 batch_size = 250          # pictures at a time
@@ -57,7 +59,7 @@ LIMITS = {
     "seed": (0, 2**63 - 1),
     "guidance_interval": (0, 1),
     **dict.fromkeys(["n_samples", "batch_size"], (1, math.inf)),
-    **dict.fromkeys(["steps", "guidance", "labels"], (0, math.inf)),
+    **dict.fromkeys(["steps", "guidance"], (0, math.inf)),
 }
 
 
@@ -82,12 +84,13 @@ def heun(v, z, taus):
     """
     Order 2: the mean of the velocities at both ends of a step.
 
-    As in Karras et al. 2022 (arXiv 2206.00364), algorithm 1, a step that ends at the data is one of
+    As in Karras et al. 2022 (arXiv 2206.00364), algorithm 1, the last step to the data is one of
     Euler's. Theirs would divide by no noise there; ours have been trained least there.
     """
     for t, s in pairwise(taus):
         now = v(t, z)
-        ahead = v(s, z + (s - t) * now) if s < 1 else now
+        last = s == taus[-1] and s > t
+        ahead = now if last else v(s, z + (s - t) * now)
         z = z + (s - t) * (now / 2 + ahead / 2)
     return z
 
@@ -343,6 +346,30 @@ def slerp(a, b, share):
 
 # ---- the command ----
 
+def wanted_classes(classes):
+    """The numbers of the classes that --labels names, or of all; calls fail() for one unknown."""
+    from configurator import fail
+
+    number = {name: i for i, name in enumerate(classes)}
+    if not any(name.isdecimal() for name in classes):        # then a number may stand for a name
+        number = {str(i): i for i in range(len(classes))} | number
+    names = [name.strip() for name in labels.split(",") if name.strip()] or classes
+    for name in names:
+        if name not in number:
+            known = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "") or "none"
+            if len(classes) > 1 and classes == [str(i) for i in range(len(classes))]:
+                known = f"0 to {len(classes) - 1}"
+            fail(f"--labels: there is no {name}, the model has {known}")
+    return [number[name] for name in names]
+
+
+def labels_to_save(classes, y):
+    """arr_1: labels as the data had them where they are numbers; else arr_1 numbers the names in classes."""
+    if all(name.isdecimal() for name in classes):
+        return {"arr_1": torch.tensor([int(name) for name in classes])[y].numpy()} if classes else {}
+    return {"arr_1": y.numpy(), "classes": classes}
+
+
 def check_request(config, is_ddpm, num_classes, auto):
     """Calls fail() where options, which are globals, do not fit each other or the run's config."""
     from configurator import fail
@@ -355,8 +382,6 @@ def check_request(config, is_ddpm, num_classes, auto):
              "--sampler=ddim any number")
     if is_ddpm and steps > config["n_steps"]:
         fail(f"--steps={steps}: the run has only {config['n_steps']}")
-    if sampler == "dopri5" and steps:
-        fail(f"--steps={steps}: dopri5 takes as many as --atol and --rtol need")
     if eta and sampler != "ddim":
         fail(f"--eta={eta} goes with --sampler=ddim, not with {sampler}")
     if eta and not is_ddpm and (config["path"] != "icfm" or config["sigma"]):
@@ -365,15 +390,14 @@ def check_request(config, is_ddpm, num_classes, auto):
     if task == "likelihood" and is_ddpm and (not auto or steps):
         fail("--task=likelihood of ddpm is the bound, over all its steps: "
              "leave out --sampler and --steps")
+    if sampler == "dopri5" and steps:
+        fail(f"--steps={steps}: dopri5 takes as many as --atol and --rtol need")
     if task == "likelihood" and save != "auto":
         fail(f"--save={save}: a likelihood is printed, not saved")
     if exact and (task != "likelihood" or is_ddpm):
         fail("--exact goes with --task=likelihood of cfm")
     if labels and real:
         fail(f"--labels: to {task} held-out pictures, their own labels are used")
-    if labels and max(labels) >= num_classes:
-        known = f"0 to {num_classes - 1}" if num_classes else "none"
-        fail(f"--labels: there is no {max(labels)}, the model has {known}")
     if guidance != 1 and real:
         fail(f"--guidance={guidance}: the flow is that of the model as it is")
     if guidance != 1 and not num_classes:
@@ -392,19 +416,21 @@ def check_request(config, is_ddpm, num_classes, auto):
 
 
 def claim(path):
-    """Calls fail() if the path cannot be written to, or to do so would mix up what is there."""
+    """Calls fail() if the path cannot be written to, or if that would mix up what is there."""
     import tempfile
 
     from configurator import explained, fail
+    from core.run import lock
 
     with explained(f"--save={path}: "):
-        taken = path.is_dir() and (path.suffix or any(path.iterdir()))
+        taken = path.is_dir() and (path.suffix or {p.name for p in path.iterdir()} - {".lock"})
         if path.suffix not in (".png", ".gif", ".npz", "") or taken:
             fail(f"--save={path}: must end in .png, .gif or .npz, "
                  "or else be a new or empty folder without a dot")
         folder = path.parent if path.suffix else path
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+        return None if path.suffix else lock(folder, "--save")           # held as long as referred to
 
 
 def save_gif(file, frames, seconds=3.0):
@@ -457,7 +483,7 @@ if __name__ == "__main__":
 
     import numpy as np
     from PIL import Image
-    from torchvision.utils import save_image
+    from torchvision.utils import make_grid
 
     from configurator import TRAINING, Options, configure, explained, fail, say
     from core.data import load_data
@@ -479,7 +505,9 @@ if __name__ == "__main__":
         model = UNet(**checkpoint["model_args"]).eval().requires_grad_(False)
         model = model.to(memory_format=torch.channels_last)
         model.load_state_dict(checkpoint["ema" if ema else "model"])
-        num_classes = checkpoint["model_args"]["num_classes"]
+        num_classes, classes = checkpoint["model_args"]["num_classes"], checkpoint["data"]["classes"]
+        if num_classes != len(classes):
+            raise ValueError(f"{num_classes} classes, but {len(classes)} names")
         C, H, W = checkpoint["picture_shape"]
 
     # what is asked for, and whether it can be had
@@ -490,6 +518,7 @@ if __name__ == "__main__":
         fail(f"--sampler={sampler} is not for {script.METHOD}, "
              f"choose {' or '.join(script.LIMITS['sampler'])}")
     check_request(config, is_ddpm, num_classes, auto)
+    wanted_classes(classes)
     with explained():
         check_sampler(sampler, script.build(None, config))
     steps = steps or (20 if real else min(config["sample_steps"], config.get("n_steps", math.inf)))
@@ -504,21 +533,21 @@ if __name__ == "__main__":
         pictures = np.empty((n_samples, H, W, C), np.uint8)
     if real:
         with explained(f"the data of the run, {config['dataset']}: "):
-            where = config["dataset"], config["data_dir"], config["image_size"]
-            _, (x_val, y_val) = load_data(*where)
-        if tuple(x_val.shape[1:]) != (C, H, W) or num_classes and y_val.max() >= num_classes:
-            fail(f"the data of the run, {config['dataset']}, has changed: "
-                 f"its model is for {C, H, W} and {num_classes} classes")
+            options = [config[name] for name in ("image_size", "conditional", "background")]
+            data = load_data(dataset or config["dataset"], data_dir or config["data_dir"], *options)
+        changed = data.differences(checkpoint["data"])
+        if changed:
+            fail(f"--dataset={dataset or config['dataset']} is not what the run was trained on ({changed})")
+        x_val, y_val = data.held_out
         if n_samples > len(x_val):
             fail(f"--n_samples={n_samples}: only {len(x_val)} pictures are held out")
         y = y_val[:n_samples] if num_classes else torch.full((n_samples,), -1)
     else:
         in_a_row = 10 if task == "interpolate" else 1
-        classes = (labels or range(num_classes)) if num_classes else [-1]
-        y = torch.tensor(classes).repeat_interleave(in_a_row)
+        y = torch.tensor(wanted_classes(classes) or [-1]).repeat_interleave(in_a_row)
         y = y.repeat(math.ceil(n_samples / len(y)))[:n_samples]
     if task != "likelihood":
-        claim(save)
+        claimed = claim(save)
 
     method = script.build(model.to(device), config, device)
     evaluations, told = 0, time.monotonic()
@@ -607,11 +636,13 @@ if __name__ == "__main__":
     if save.suffix:                                          # else they are there already
         with explained(f"--save={save}: ", OSError), atomic_write(save) as f:
             if save.suffix == ".png":
-                x = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255
-                save_image(x, f, nrow=10, format="png")
+                grid = make_grid(torch.from_numpy(pictures).permute(0, 3, 1, 2), nrow=10)
+                Image.fromarray(grid.permute(1, 2, 0).numpy()).save(f, format="png")
             elif save.suffix == ".gif":
                 save_gif(f, [torch.cat(parts) for parts in zip(*frames)])
             else:
-                np.savez(f, pictures, *([y.numpy()] if num_classes else []))  # as arr_0, arr_1
+                np.savez(f, arr_0=pictures, **labels_to_save(classes, y))
+    elif claimed:
+        Path(claimed.name).unlink(missing_ok=True)
     say(f"{took}: {save}")
     raise SystemExit(code)

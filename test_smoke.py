@@ -1,8 +1,9 @@
 """
 The real scripts, run as a user runs them, for a few steps on the CPU. No network is needed.
 
-    python -m pytest                    # this file and tests/
-    python -m pytest test_smoke.py      # this file
+    python -m pytest                    # this file and tests/, but for what is slow
+    python -m pytest --all              # the slow tests too
+    python -m pytest test_smoke.py      # this file, all of it
 """
 
 import contextlib
@@ -24,12 +25,13 @@ import pytest
 import torch
 from PIL import Image
 
-from configurator import load_data
+from core.data import load_data
 
 ROOT = Path(__file__).parent
+slow = pytest.mark.slow  # see tests/conftest.py
 TINY = (
-    "--dataset=synthetic --image_size=8 --channels=8 --batch_size=16 --warmup_iters=4 --sample_steps=2 "
-    "--log_interval=4 --eval_interval=20 --device=cpu"
+    "--dataset=synthetic --image_size=8 --channels=8 --batch_size=16 --warmup_iters=4 "
+    "--sample_steps=2 --log_interval=4 --eval_interval=20 --device=cpu"
 ).split()
 
 
@@ -38,15 +40,16 @@ def command(script, *args):
 
 
 def run(script, *args, cwd, ok=True):
-    done = subprocess.run(command(script, *args), cwd=cwd, capture_output=True, text=True, timeout=300)
+    pipes = {"capture_output": True, "text": True}
+    done = subprocess.run(command(script, *args), cwd=cwd, timeout=300, **pipes)
     assert not ok or done.returncode == 0, done.stdout + done.stderr
     return done
 
 
 def run_here(script, *args, cwd):
-    """(exit code, stdout, stderr) of a script run in this process: it spares the seconds an import takes."""
+    """(exit code, stdout, stderr) of a script run in this process: that spares it the imports."""
     out, err, argv, here = io.StringIO(), io.StringIO(), sys.argv, Path.cwd()
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     sys.argv, code = [str(ROOT / f"{script}.py"), *map(str, args)], 0
     os.chdir(cwd)
     try:
@@ -60,6 +63,7 @@ def run_here(script, *args, cwd):
         for s, handler in handlers.items():
             signal.signal(s, handler)
         gc.collect()  # of the script, and with it its lock on the folder
+        gc.freeze()  # torch and the like are here to stay: looking through them takes 0.3 s
     return code, out.getvalue(), err.getvalue()
 
 
@@ -95,7 +99,7 @@ def flat(ckpt):
 
 @pytest.fixture(scope="module", params=["ddpm", "cfm"])
 def trained(request, tmp_path_factory):
-    """(script, working directory, what was printed) of a run of 40 iterations, into the default out_dir."""
+    """(script, working directory, what was printed) of 40 iterations into the default out_dir."""
     cwd = tmp_path_factory.mktemp(request.param)
     done = run(request.param, *TINY, "--max_iters=40", "--learning_rate=2e-2", cwd=cwd)
     return request.param, cwd, done.stdout
@@ -107,7 +111,8 @@ def test_training_learns_and_leaves_what_it_promises(trained):
     left = [".lock", "ckpt-previous.pt", "ckpt.pt", "log.csv", "sample-20.png", "sample-40.png"]
     assert sorted(p.name for p in out.iterdir()) == left
     assert [p.name for p in cwd.iterdir()] == ["out"]
-    assert Image.open(out / "sample-40.png").size == (10 * 10 + 2, 10 * 10 + 2)  # 8 x 8, and a frame of 2
+    size = 10 * (8 + 2) + 2  # 8 x 8, and a frame of 2
+    assert Image.open(out / "sample-40.png").size == (size, size)
     for expected in (
         f"{script} on synthetic: 9000 pictures of (1, 8, 8), 10 classes",
         "cpu, float32, not compiled",
@@ -130,10 +135,18 @@ def test_training_learns_and_leaves_what_it_promises(trained):
 
 
 @pytest.mark.parametrize(
-    "options", [["--steps=3"], ["--guidance=2"], ["--steps=3", "--clip=false", "--ema=false"]]
+    "options",
+    [
+        ["--steps=3"],
+        pytest.param(["--guidance=2"], marks=slow),
+        pytest.param(["--steps=3", "--clip=false", "--ema=false"], marks=slow),
+    ],
 )
 def test_sampling_with_every_sampler(trained, options):
-    """The number of evaluations of the model is told: the last step of ddpm's is always a single one."""
+    """
+    The number of evaluations of the model is reported. The last step, to the data, takes a single
+    one with ddpm, and so does heun's own last step.
+    """
     script, cwd, _ = trained
     draw = [f"--out_dir=out/{script}", "--n_samples=6", "--labels=3,1", "--save=x.npz"]
     stages = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "ddim": 1, "dpm++": 1, "dopri5": None}
@@ -148,37 +161,96 @@ def test_sampling_with_every_sampler(trained, options):
             assert "1000 evaluations" in out
         elif sampler != "dopri5":
             n = stages[sampler]
-            assert f" {steps * n if script == 'cfm' else (steps - 1) * n + 1} evaluations" in out
+            single = (script == "ddpm") + (sampler == "heun")  # steps of one evaluation
+            assert f" {(steps - single) * n + single} evaluations" in out
         (cwd / "x.npz").unlink()
 
 
-@pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
+def drawn(*args, cwd):
+    """The pictures that sample.py draws, uint8 (N, H, W, C)."""
+    sample(*args, "--save=x.npz", cwd=cwd)
+    pictures = np.load(cwd / "x.npz")["arr_0"]
+    (cwd / "x.npz").unlink()
+    return pictures
+
+
+@pytest.mark.parametrize(
+    "sampler, evaluations", [("dpm++", 6), ("ddim", 6), ("euler", 6), ("heun", (11, 10))]
+)
+def test_a_gif_shows_the_way_from_noise_to_the_pictures_of_the_grid(trained, sampler, evaluations):
+    """A frame for each evaluation of the model and one for the pictures, whatever the batch."""
+    script, cwd, _ = trained
+    if sampler == "heun":
+        evaluations = evaluations[script == "ddpm"]
+    draw = [f"--out_dir=out/{script}", "--n_samples=12", f"--sampler={sampler}", "--steps=6"]
+    out = sample(*draw, "--batch_size=5", "--save=x.gif", cwd=cwd)
+    assert f" {evaluations} evaluations" in out and out.endswith(": x.gif\n")
+    sample(*draw, "--save=x.png", cwd=cwd)
+    with Image.open(cwd / "x.gif") as gif, Image.open(cwd / "x.png") as png:
+        assert gif.format == "GIF" and gif.is_animated and gif.n_frames == evaluations + 1
+        frames, times = [], []
+        for i in range(gif.n_frames):
+            gif.seek(i)
+            frames.append(np.asarray(gif.convert("RGB")).astype(float))
+            times.append(gif.info["duration"])
+        grid = np.asarray(png.convert("RGB")).astype(float)
+    assert times[-1] > 2 * max(times[:-1]) and gif.info["loop"] == 0  # the pictures stay a while
+    assert {frame.shape for frame in [*frames, grid]} == {(22, 102, 3)}  # two rows, and frames of 2
+    gaps = [np.abs(frame - grid).mean() for frame in frames]
+    assert gaps[-1] < 4 and gaps[-1] == min(gaps)  # but for the few colours of a gif
+    noise = frames[0][2:10, 2:10]
+    assert gaps[0] > 10 and np.abs(noise - noise.mean()).mean() > 30
+
+
+def test_guidance_acts_in_its_interval_of_times(trained):
+    """An interval without any of the times is no guidance, one with all of them is the default."""
+    script, cwd, _ = trained
+    draw = [f"--out_dir=out/{script}", "--n_samples=6", "--sampler=dpm++", "--steps=8"]
+    plain, guided = drawn(*draw, cwd=cwd), drawn(*draw, "--guidance=30", cwd=cwd)
+    between, all_times, almost_all, none = (
+        drawn(*draw, "--guidance=30", f"--guidance_interval={interval}", cwd=cwd)
+        for interval in ("0.2,0.8", "0,1", "0,0.95", "0.998,0.999")
+    )
+
+    def gap(a, b):
+        return np.abs(a.astype(int) - b).max()
+
+    assert gap(all_times, guided) == gap(almost_all, guided) == gap(none, plain) == 0
+    assert min(gap(plain, guided), gap(between, plain), gap(between, guided)) > 5
+    wrong, message = ["--guidance_interval=0.2,0.8"], "--guidance_interval goes with a --guidance"
+    for args in ([], ["--guidance=1"], ["--guidance=3", "--sampler=dopri5"]):
+        refused("sample", draw[0], *wrong, *args, cwd=cwd, message=message)
+
+
+@pytest.mark.parametrize("sampler", [pytest.param("ancestral", marks=slow), "ddim"])
 def test_the_same_seed_gives_the_same_pictures_also_where_each_step_adds_noise(trained, sampler):
     script, cwd, _ = trained
     if script == "cfm" and sampler == "ancestral":
         return
     draw = [f"--out_dir=out/{script}", f"--sampler={sampler}", "--n_samples=5"]
     draw += ["--eta=1", "--steps=20"] if sampler == "ddim" else []
-    for seed, batch_size, name in ((1, 5, "a.npz"), (1, 2, "b.npz"), (2, 5, "c.npz")):
-        sample(*draw, f"--seed={seed}", f"--batch_size={batch_size}", f"--save={name}", cwd=cwd)
-    a, b, c = (np.load(cwd / name)["arr_0"].astype(int) for name in ("a.npz", "b.npz", "c.npz"))
+    a, b, c = (
+        drawn(*draw, f"--seed={seed}", f"--batch_size={n}", cwd=cwd).astype(int)
+        for seed, n in ((1, 5), (1, 2), (2, 5))
+    )
     assert abs(a - b).max() <= 1 and abs(a - c).max() > 1
-    for name in ("a.npz", "b.npz", "c.npz"):
-        (cwd / name).unlink()
 
 
 def test_interpolation_is_between_two_noises_and_reconstruction_restores(trained):
     script, cwd, _ = trained
-    draw = [f"--out_dir=out/{script}", "--task=interpolate", "--save=x.npz", "--sampler=rk4", "--steps=5"]
-    sample(*draw, "--n_samples=20", cwd=cwd)
+    draw = [f"--out_dir=out/{script}", "--task=interpolate", "--sampler=rk4", "--steps=5"]
+    sample(*draw, "--save=x.npz", "--n_samples=20", cwd=cwd)
     x, y = np.load(cwd / "x.npz").values()
     assert y.tolist() == [0] * 10 + [1] * 10  # a row from one noise to another, of the same class
     x = x.astype(float)
     steps, ends = np.abs(np.diff(x[:10], axis=0)).mean(), np.abs(x[0] - x[9]).mean()
     assert 0 < steps < ends / 3 and np.abs(x[9] - x[10]).mean() > 2 * steps
     (cwd / "x.npz").unlink()
-    out = sample(f"--out_dir=out/{script}", "--task=reconstruct", "--n_samples=30", "--batch_size=20", cwd=cwd)
+    restore = [f"--out_dir=out/{script}", "--task=reconstruct", "--n_samples=30"]
+    out = sample(*restore, "--batch_size=20", cwd=cwd)
     assert "rk4, 20 steps" in out and float(out.split("restored to ")[1].split()[0]) < 1
+    # there and back, ddpm's outermost step being a single one
+    assert f" {2 * 20 * 4 if script == 'cfm' else 2 * (19 * 4 + 1)} evaluations" in out
     assert (cwd / "out" / script / "reconstruct.png").exists()
     for args, message in (
         (["--task=reconstruct", "--sampler=ddim"], "cannot be run backwards"),
@@ -205,75 +277,79 @@ def test_dopri5_that_cannot_go_on_says_so_in_one_line(trained, task):
     refused("sample", *args, cwd=cwd, message="the model is not finite")
 
 
+@pytest.mark.parametrize("trained", [pytest.param("ddpm", marks=slow), "cfm"], indirect=True)
 def test_likelihood_by_one_command(trained):
     """
-    Of a model that has not learnt anything yet: cfm's flow is the identity, so that held-out pictures, in
-    bits/dim, have log2(127.5) less the log-density of N(0, 1), by hand; ddpm's bound has its three terms, and
-    is far above.
+    Of a model that has not learnt anything yet: cfm's flow is the identity, so that held-out
+    pictures, in bits/dim, have log2(127.5) less the log-density of N(0, 1), by hand; ddpm's bound
+    has its three terms, and is far above.
     """
     script, cwd, _ = trained
-    here(script, *TINY, "--max_iters=1", "--learning_rate=0", "--out_dir=fresh", "--overwrite", cwd=cwd)
-    bits = {}
+    fresh = [*TINY, "--max_iters=1", "--learning_rate=0", "--out_dir=fresh", "--overwrite"]
+    here(script, *fresh, cwd=cwd)
+    bits, measure = {}, ["--task=likelihood", "--n_samples=50", "--batch_size=20"]
     for out_dir in ("fresh", f"out/{script}"):
-        out = sample(f"--out_dir={out_dir}", "--task=likelihood", "--n_samples=50", "--batch_size=20", cwd=cwd)
+        out = sample(f"--out_dir={out_dir}", *measure, cwd=cwd)
         bits[out_dir], total = float(out.split("\n")[-2].split()[2]), out
     assert bits[f"out/{script}"] < bits["fresh"] - 0.05
     if script == "ddpm":
-        terms = [float(total.split(name)[1].split()[0].rstrip(";")) for name in ("L_T", "between", "L_0")]
-        assert sum(terms) == pytest.approx(bits["out/ddpm"], abs=2e-4) and "1000 evaluations" in total
-        refused("sample", "--out_dir=fresh", "--task=likelihood", "--steps=9",
-                cwd=cwd, message="over all its steps")
+        names = "L_T", "between", "L_0"
+        terms = [float(total.split(name)[1].split()[0].rstrip(";")) for name in names]
+        assert sum(terms) == pytest.approx(bits["out/ddpm"], abs=2e-4)
+        assert "1000 evaluations" in total
+        args = ["--out_dir=fresh", "--task=likelihood", "--steps=9"]
+        refused("sample", *args, cwd=cwd, message="over all its steps")
     else:
-        x = load_data("synthetic", image_size=8)[1][0][:50].double() / 127.5 - 1
-        by_hand = math.log2(127.5) + (x.square().mean().item() / 2 + math.log(2 * math.pi) / 2) / math.log(2)
+        x = load_data("synthetic", image_size=8).held_out[0][:50].double() / 127.5 - 1
+        nats = x.square().mean().item() / 2 + math.log(2 * math.pi) / 2
+        by_hand = math.log2(127.5) + nats / math.log(2)
         assert bits["fresh"] == pytest.approx(by_hand, abs=1e-3)
-        out = sample(
-            "--out_dir=fresh", "--task=likelihood", "--n_samples=2", "--exact", "--sampler=euler", cwd=cwd
-        )
-        assert "20 evaluations" in out
+        args = ["--task=likelihood", "--n_samples=2", "--exact", "--sampler=euler"]
+        assert "20 evaluations" in sample("--out_dir=fresh", *args, cwd=cwd)
+
+
+DDPM_VARIANTS = [
+    ["--schedule=cosine", "--prediction=eps", "--weighting=min_snr"],
+    ["--schedule=linear", "--prediction=x0", "--weighting=simple"],
+    ["--schedule=cosine", "--prediction=v", "--weighting=min_snr"],
+    ["--variance=fixedsmall", "--sampler=ancestral", "--n_steps=30"],
+    ["--n_steps=2"],
+]
+CFM_VARIANTS = [
+    ["--path=ot", "--sigma=0.1", "--t_uniform=1", "--sampler=dpm++"],
+    ["--path=target", "--sigma=0.1", "--t_uniform=0", "--sampler=dpm++"],
+    ["--path=vp", "--sigma=0.1", "--t_uniform=1", "--sampler=euler"],
+    ["--path=sb", "--sigma=0.1", "--t_uniform=0.5", "--sampler=euler"],
+]
 
 
 @pytest.mark.parametrize(
     "script, options",
-    [
-        ("ddpm", [f"--schedule={s}", f"--prediction={p}", f"--weighting={w}"])
-        for s, p, w in (("cosine", "eps", "min_snr"), ("linear", "x0", "simple"), ("cosine", "v", "min_snr"))
-    ]
-    + [("ddpm", ["--variance=fixedsmall", "--sampler=ancestral", "--n_steps=30"]), ("ddpm", ["--n_steps=2"])]
-    + [
-        ("cfm", [f"--path={p}", "--sigma=0.1", f"--t_uniform={t}", f"--sampler={s}"])
-        for p, t, s in (("ot", 1, "dpm++"), ("target", 0, "dpm++"), ("vp", 1, "euler"), ("sb", 0.5, "euler"))
-    ],
+    [("ddpm", options) for options in DDPM_VARIANTS]
+    + [("cfm", options) for options in CFM_VARIANTS],
 )
 def test_every_variant_learns_and_samples(script, options, tmp_path):
     if {"--path=ot", "--path=sb"} & set(options):
         pytest.importorskip("scipy")
-    here(script, *TINY, "--max_iters=40", "--learning_rate=5e-3", *options, "--out_dir=x", cwd=tmp_path)
-    held_out = [
-        float(r["held_out"]) for r in csv.DictReader((tmp_path / "x" / "log.csv").open()) if r["held_out"]
-    ]
+    train = [*TINY, "--max_iters=40", "--learning_rate=5e-3", *options, "--out_dir=x"]
+    here(script, *train, cwd=tmp_path)
+    rows = csv.DictReader((tmp_path / "x" / "log.csv").open())
+    held_out = [float(r["held_out"]) for r in rows if r["held_out"]]
     assert held_out[1] < held_out[0]
     sampler = "rk4" if script == "cfm" else "dpm++"
-    out = sample(
-        "--out_dir=x", "--n_samples=4", "--save=x.npz", f"--sampler={sampler}", "--steps=2", cwd=tmp_path
-    )
+    draw = ["--out_dir=x", "--n_samples=4", "--save=x.npz", f"--sampler={sampler}", "--steps=2"]
+    out = sample(*draw, cwd=tmp_path)
     assert sampler in out and np.load(tmp_path / "x.npz")["arr_0"].std() > 0
-    refused(
-        script,
-        "--init_from=resume",
-        "--out_dir=x",
-        options[0].rsplit("=")[0] + "=" + other(options[0]),
-        "--max_iters=99",
-        cwd=tmp_path,
-        message="for good",
-    ) if other(options[0]) else None
+    if changed := other(options[0]):
+        args = ["--init_from=resume", "--out_dir=x", changed, "--max_iters=99"]
+        refused(script, *args, cwd=tmp_path, message="for good")
 
 
 def other(option):
-    """Another value for an option that a run cannot change."""
-    return {"--schedule": "cosine" if "linear" in option else "linear", "--path": "icfm"}.get(
-        option.split("=")[0]
-    )
+    """The same option with another value, if a run cannot change it."""
+    name, _, value = option.partition("=")
+    values = {"--schedule": "cosine" if value == "linear" else "linear", "--path": "icfm"}
+    return f"{name}={values[name]}" if name in values else None
 
 
 def test_sample_files_and_seeds(trained):
@@ -282,30 +358,29 @@ def test_sample_files_and_seeds(trained):
     for seed, batch_size, name in ((1, 7, "a.npz"), (1, 3, "b.npz"), (2, 7, "c.npz")):
         sample(*draw, f"--seed={seed}", f"--batch_size={batch_size}", f"--save={name}", cwd=cwd)
     a, b, c = (np.load(cwd / name)["arr_0"].astype(int) for name in ("a.npz", "b.npz", "c.npz"))
-    assert abs(a - b).max() <= 1 and abs(a - c).max() > 1  # the batch size makes no difference, the seed does
+    assert abs(a - b).max() <= 1  # the batch size makes no difference,
+    assert abs(a - c).max() > 1  # the seed does
     sample(*draw, cwd=cwd)
     assert Image.open(cwd / "out" / script / "samples.png").size == (7 * 10 + 2, 10 + 2)
     sample(*draw, "--ema=false", "--save=pictures", cwd=cwd)
-    assert len(list((cwd / "pictures").glob("*.png"))) == 7 and Image.open(
-        cwd / "pictures" / "000000.png"
-    ).size == (8, 8)
-    other = {"ddpm": "cfm", "cfm": "ddpm"}[script]  # and either kind can be trained on
+    assert len(list((cwd / "pictures").glob("*.png"))) == 7
+    assert Image.open(cwd / "pictures" / "000000.png").size == (8, 8)
+    another = {"ddpm": "cfm", "cfm": "ddpm"}[script]  # and either kind can be trained on
     data = {"ddpm": "a.npz", "cfm": "pictures"}[script]
     options = ["--max_iters=1", "--channels=8", "--sample_steps=1", "--out_dir=on_samples"]
-    here(other, "--dataset", data, *options, cwd=cwd)
+    here(another, "--dataset", data, *options, cwd=cwd)
     for name in ("a.npz", "b.npz", "c.npz"):
         (cwd / name).unlink()
 
 
 @pytest.mark.parametrize("script", ["ddpm", "cfm"])
 def test_a_stopped_and_resumed_run_equals_a_straight_one_bit_for_bit(script, tmp_path):
-    """With all randomness on (dropout of both kinds, flips), and accumulation; stopped between evaluations."""
+    """With all that is random on, and accumulation; stopped between evaluations."""
     args = [*TINY, "--max_iters=60", "--log_interval=8"]
     args += ["--dropout=0.2", "--flip", "--gradient_accumulation_steps=2"]
-    run(script, *args, "--out_dir=straight", cwd=tmp_path)
-    process = subprocess.Popen(
-        command(script, *args, "--out_dir=stopped"), cwd=tmp_path, stdout=subprocess.PIPE, text=True
-    )
+    stopped = command(script, *args, "--out_dir=stopped")
+    process = subprocess.Popen(stopped, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    here(script, *args, "--out_dir=straight", cwd=tmp_path)
     for line in process.stdout:
         if line.startswith("iteration 24 "):
             process.send_signal(signal.SIGTERM)
@@ -314,31 +389,33 @@ def test_a_stopped_and_resumed_run_equals_a_straight_one_bit_for_bit(script, tmp
     assert process.wait() == 128 + signal.SIGTERM and "--init_from=resume" in rest
     stopped_at = checkpoint(tmp_path / "stopped")["iteration"]
     assert 24 <= stopped_at < 60
-    resumed = run(
-        script, "--init_from=resume", "--out_dir=stopped", cwd=tmp_path
-    )  # under the run's own options
-    assert f"iterations {stopped_at} to 60" in resumed.stdout
+    resume = ["--init_from=resume", "--out_dir=stopped"]  # under the run's own options
+    assert f"iterations {stopped_at} to 60" in here(script, *resume, cwd=tmp_path)
     a, b = (flat(checkpoint(tmp_path / name)) for name in ("straight", "stopped"))
     assert len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+    a, b = tmp_path / "straight", tmp_path / "stopped"
     for png in ("sample-20.png", "sample-40.png", "sample-60.png"):
-        assert (tmp_path / "straight" / png).read_bytes() == (tmp_path / "stopped" / png).read_bytes()
-    a, b = (list(csv.reader((tmp_path / name / "log.csv").open())) for name in ("straight", "stopped"))
+        assert (a / png).read_bytes() == (b / png).read_bytes()
+    a, b = (list(csv.reader((folder / "log.csv").open())) for folder in (a, b))
     assert [r[:3] + r[4:] for r in a] == [r[:3] + r[4:] for r in b]  # but for the speed
-    resume, other = ["--init_from=resume", "--out_dir=stopped"], {"ddpm": "cfm", "cfm": "ddpm"}[script]
     refused(script, *resume, cwd=tmp_path, message="complete at iteration 60")
-    refused(script, *resume, "--channels=16", cwd=tmp_path, message="--channels=16: the run in stopped has 8")
-    refused(other, *resume, cwd=tmp_path, message=f"is a run of {script}.py")
+    message = "--channels=16: the run in stopped has 8"
+    refused(script, *resume, "--channels=16", cwd=tmp_path, message=message)
+    another = {"ddpm": "cfm", "cfm": "ddpm"}[script]
+    refused(another, *resume, cwd=tmp_path, message=f"is a run of {script}.py")
 
 
 def test_unconditional(tmp_path):
     for script in ("ddpm", "cfm"):
-        here(script, *TINY, "--max_iters=1", "--conditional=false", f"--out_dir={script}", cwd=tmp_path)
-        refused(script, *TINY, "--conditional=false", "--guidance=2", cwd=tmp_path, message="without labels")
+        train = [*TINY, "--max_iters=1", "--conditional=false"]
+        here(script, *train, f"--out_dir={script}", cwd=tmp_path)
+        refused(script, *train, "--guidance=2", cwd=tmp_path, message="without labels")
         assert "label.weight" not in checkpoint(tmp_path / script)["model"]
-        sample(f"--out_dir={script}", "--n_samples=2", "--save=x.npz", cwd=tmp_path)
+        draw = [f"--out_dir={script}", "--n_samples=2", "--save=x.npz"]
+        sample(*draw, cwd=tmp_path)
         assert np.load(tmp_path / "x.npz").files == ["arr_0"]
-        refused("sample", f"--out_dir={script}", "--labels=0", cwd=tmp_path, message="the model has none")
-        refused("sample", f"--out_dir={script}", "--guidance=2", cwd=tmp_path, message="without labels")
+        refused("sample", draw[0], "--labels=0", cwd=tmp_path, message="the model has none")
+        refused("sample", draw[0], "--guidance=2", cwd=tmp_path, message="without labels")
         always = [*TINY, "--max_iters=1", "--label_dropout=0", f"--out_dir=always-{script}"]
         here(script, *always, cwd=tmp_path)
         args = [f"--out_dir=always-{script}", "--guidance=2"]
@@ -346,14 +423,18 @@ def test_unconditional(tmp_path):
 
 
 @pytest.mark.parametrize("script", ["ddpm", "cfm"])
-def test_evaluation_takes_as_much_memory_as_training_and_batches_make_no_difference(script, tmp_path):
-    """At a learning rate of 0 runs differ only in how the same held-out pictures are taken together."""
+def test_evaluation_takes_as_much_memory_as_training_and_batches_make_no_difference(
+    script, tmp_path
+):
+    """At a learning rate of 0 runs differ only in how the same pictures are taken together."""
     found = {}
+    args = ["--dataset=synthetic", "--image_size=8", "--channels=8", "--device=cpu"]
+    args += ["--learning_rate=0", "--max_iters=1"]
     for n in (100, 256):
-        args = ["--dataset=synthetic", "--image_size=8", "--channels=8", "--device=cpu", "--learning_rate=0"]
-        here(script, *args, "--max_iters=1", f"--batch_size={n}", f"--out_dir={n}", cwd=tmp_path)
+        here(script, *args, f"--batch_size={n}", f"--out_dir={n}", cwd=tmp_path)
         row = list(csv.reader((tmp_path / str(n) / "log.csv").open()))[1]
-        found[n] = [float(v) for v in row[4:]], np.asarray(Image.open(tmp_path / str(n) / "sample-1.png"))
+        grid = np.asarray(Image.open(tmp_path / str(n) / "sample-1.png"))
+        found[n] = [float(v) for v in row[4:]], grid
     assert found[100][0] == pytest.approx(found[256][0], rel=1e-5) and len(found[100][0]) == 5
     assert abs(found[100][1].astype(int) - found[256][1]).max() <= 1
 
@@ -374,11 +455,12 @@ def test_mixed_precision_on_the_cpu(dtype, tmp_path, monkeypatch):
 
 
 def test_compile_on_the_cpu(tmp_path, monkeypatch):
-    """With the eager backend: what is traced and saved is as on a GPU, without minutes of compiling."""
+    """With the eager backend: traced and saved is as on a GPU, without minutes of compiling."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    args = [*TINY, "--max_iters=8", "--sample_steps=1"]
     for compile in ("true", "false"):
-        args = [*TINY, "--max_iters=8", "--sample_steps=1", f"--compile={compile}", f"--out_dir={compile}"]
-        assert (", compiled" in here("cfm", *args, cwd=tmp_path)) == (compile == "true")
+        said = here("cfm", *args, f"--compile={compile}", f"--out_dir={compile}", cwd=tmp_path)
+        assert (", compiled" in said) == (compile == "true")
     a, b = (checkpoint(tmp_path / name)["model"] for name in ("true", "false"))
     assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=1e-3) for k in a)
 
@@ -388,7 +470,8 @@ def test_compile_on_the_cpu(tmp_path, monkeypatch):
 def test_cuda(script, tmp_path):
     args = [a for a in TINY if "device" not in a]
     done = run(script, *args, "--max_iters=8", "--out_dir=x", cwd=tmp_path)
-    assert "cuda:0, " in done.stdout and "float32" not in done.stdout and ", compiled" in done.stdout
+    assert "cuda:0, " in done.stdout and "float32" not in done.stdout
+    assert ", compiled" in done.stdout
     assert not any("_orig_mod" in k for k in checkpoint(tmp_path / "x")["model"])
     run(script, "--init_from=resume", "--out_dir=x", "--max_iters=12", cwd=tmp_path)
     sample("--out_dir=x", "--n_samples=2", cwd=tmp_path)
@@ -397,14 +480,14 @@ def test_cuda(script, tmp_path):
 def test_a_loss_that_is_not_finite_ends_the_run_and_spares_the_checkpoint(tmp_path):
     here("cfm", *TINY, "--max_iters=2", "--out_dir=x", cwd=tmp_path)
     before = (tmp_path / "x" / "ckpt.pt").read_bytes()
-    resume = ["--init_from=resume", "--out_dir=x", "--max_iters=40", "--learning_rate=1e30", "--grad_clip=0"]
-    code, _, err = run_here("cfm", *resume, cwd=tmp_path)
+    resume = ["--init_from=resume", "--out_dir=x", "--max_iters=40"]
+    code, _, err = run_here("cfm", *resume, "--learning_rate=1e30", "--grad_clip=0", cwd=tmp_path)
     assert code == 2 and err.count("\n") == 1 and "not finite" in err
     assert (tmp_path / "x" / "ckpt.pt").read_bytes() == before
 
 
 def test_one_file_copied_into_another_project_works(tmp_path):
-    for name in ("cfm", "unet", "configurator"):
+    for name in ("cfm", "unet"):
         shutil.copy(ROOT / f"{name}.py", tmp_path)
     (tmp_path / "mine.py").write_text(
         "import torch\nfrom cfm import ConditionalFlowMatcher\nfrom unet import UNet\n"
@@ -413,9 +496,8 @@ def test_one_file_copied_into_another_project_works(tmp_path):
         "print(UNet(in_channels=3)(t=t, x=xt).shape == ut.shape)\n"
     )
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "mine.py"], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    pipes = {"capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, env=environment, **pipes)
     assert done.stdout == "True\n", done.stderr
 
 
@@ -431,7 +513,11 @@ def test_one_file_copied_into_another_project_works(tmp_path):
         ),
         ("cfm", ["--init_from=resume"], "no whole checkpoint"),
         ("cfm", ["--path=sb"], "a Schroedinger bridge needs a sigma above 0"),
-        ("cfm", ["--path=vp", "--sampler=dpm++"], "--sampler=dpm++ is for straight paths, not for --path=vp"),
+        (
+            "cfm",
+            ["--path=vp", "--sampler=dpm++"],
+            "--sampler=dpm++ is for straight paths, and this one is curved: add --sampler=euler",
+        ),
         ("ddpm", ["--prediction=score"], "expected eps, x0, v, not 'score'"),
         ("ddpm", ["--n_steps=1"], "--n_steps: 1 is not between 2"),
         ("ddpm", ["--batch_size=0"], "0 is not between 1"),
@@ -452,8 +538,9 @@ def test_pairing_without_scipy_is_refused_in_training_but_not_in_sampling(tmp_pa
     state = checkpoint(tmp_path / "x")
     state["config"]["path"] = "ot"
     torch.save(state, tmp_path / "x" / "ckpt.pt")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    refused("cfm", *args, "--path=ot", "--overwrite", cwd=tmp_path, message="pip install scipy")
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    message = "cfm.py: optimal pairing of noise and data needs scipy: pip install scipy"
+    refused("cfm", *args, "--path=ot", "--overwrite", cwd=tmp_path, message=message)
     sample("--out_dir=x", "--n_samples=2", cwd=tmp_path)
     refused("sample", "--out_dir=x", "--sampler=ddim", "--eta=1",
             cwd=tmp_path, message="independent of the data")
@@ -462,12 +549,14 @@ def test_pairing_without_scipy_is_refused_in_training_but_not_in_sampling(tmp_pa
 def test_what_is_there_is_not_overwritten_and_damage_is_told(trained):
     script, cwd, _ = trained
     refused(script, *TINY, cwd=cwd, message="--overwrite")
-    refused("sample", f"--out_dir=out/{script}", "--sampler=dpm", cwd=cwd, message="is not for")
-    refused("sample", f"--out_dir=out/{script}", "--labels=10", cwd=cwd, message="the model has 0 to 9")
+    draw = ["sample", f"--out_dir=out/{script}"]
+    refused(*draw, "--sampler=dpm", cwd=cwd, message="is not for")
+    refused(*draw, "--labels=10", cwd=cwd, message="the model has 0 to 9")
     (cwd / "damaged").mkdir(exist_ok=True)
     whole = (cwd / "out" / script / "ckpt.pt").read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"something else"):
         (cwd / "damaged" / "ckpt.pt").write_bytes(content)
-        refused(script, "--init_from=resume", "--out_dir=damaged", cwd=cwd, message="no whole checkpoint")
+        resume = ["--init_from=resume", "--out_dir=damaged"]
+        refused(script, *resume, cwd=cwd, message="no whole checkpoint")
     refused("sample", "--out_dir=damaged", cwd=cwd, message="no whole checkpoint")
     shutil.rmtree(cwd / "damaged")

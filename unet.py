@@ -235,15 +235,24 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr=4e-3, betas=(0.9, 0.99), momentum=0.95, weight_decay=0.01):
-        alike = defaultdict(list)
-        for p in params:
-            alike[p.shape if p.dim() == 4 else None].append(p)
         defaults = dict(lr=lr, betas=betas, momentum=momentum, weight_decay=weight_decay)
         defaults["fused"] = True        # makes load_state_dict() move "step" to the device, too
-        super().__init__([{"params": group} for group in alike.values()], defaults)
+        params = list(params)
+        groups = params if params and isinstance(params[0], dict) else [{"params": params}]
+        alike = []
+        for group in groups:
+            shapes = defaultdict(list)
+            for p in group["params"]:
+                shapes[p.shape if p.dim() == 4 else None].append(p)
+            alike += [group | {"params": same} for same in shapes.values()]
+        super().__init__(alike, defaults)
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
@@ -253,6 +262,7 @@ class Muon(torch.optim.Optimizer):
                 self.muon(params, group)
             elif params:
                 self.adamw(params, group)
+        return loss
 
     def muon(self, params, group):
         lr, momentum = group["lr"], group["momentum"]

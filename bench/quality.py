@@ -134,8 +134,9 @@ def coverage(real, drawn, k=5):
 
 
 def load_judge(data_dir, seed=0, epochs=6, device="cpu"):
-    """(judge, MNIST's splits as of load_data()): trained now, or before and kept in data_dir."""
-    splits = [(x.to(device), y.to(device)) for x, y in load_data("mnist", data_dir)]
+    """(judge, [MNIST's training set, its test set]): trained now, or before and kept in data_dir."""
+    data = load_data("mnist", data_dir)
+    splits = [(x.to(device), y.to(device)) for x, y in (data.train, data.held_out)]
     path = Path(data_dir, f"judge-{seed}-{epochs}.pt")
     if path.exists():
         judge = Judge().to(device).eval()

@@ -44,9 +44,10 @@ OF_A_STEP = {"midpoint": 2, "heun": 2, "rk4": 4}     # evaluations, where it is 
 def steps_for(sampler, evaluations, is_ddpm):
     """The most steps that take no more than these evaluations of the model; 0 if there are none."""
     each = OF_A_STEP.get(sampler, 1)
-    if is_ddpm or sampler == "heun":                 # whose last step takes one
-        return 1 + (evaluations - 1) // each
-    return evaluations // each
+    single = is_ddpm + (sampler == "heun")           # steps at the end that take one
+    if evaluations <= single:
+        return evaluations
+    return single + (evaluations - single) // each
 
 
 def draw_digits(method, model, sampler, steps):

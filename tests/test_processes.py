@@ -9,6 +9,7 @@ import torch
 
 from test_smoke import TINY, checkpoint, command, here
 
+pytestmark = pytest.mark.slow
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
@@ -47,5 +48,6 @@ def test_two_processes_stop_together_and_one_goes_on(tmp_path):
     out, _ = process.communicate(timeout=60)
     assert process.returncode != 0 and "stopped, and saved at iteration" in out
     stopped_at = checkpoint(tmp_path / "x")["iteration"]
-    printed = here("cfm", "--init_from=resume", "--out_dir=x", f"--max_iters={stopped_at + 1}", cwd=tmp_path)
+    more = f"--max_iters={stopped_at + 1}"
+    printed = here("cfm", "--init_from=resume", "--out_dir=x", more, cwd=tmp_path)
     assert "resuming with max_iters" in printed and f"iteration {stopped_at + 1} of" in printed

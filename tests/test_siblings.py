@@ -1,7 +1,12 @@
-"""ddpm.py and cfm.py differ in the method and in nothing else; importing them does nothing."""
+"""
+ddpm.py and cfm.py differ in the method and in nothing else. Importing them does nothing, and each
+is of use alone.
+"""
 
 import ast
 import difflib
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 BEGIN, END = (
     "# the method, and the grids drawn with it",
-    "# ---- the rest is the same in ddpm.py and cfm.py ----",
+    "# ---- the rest is the same in ddpm.py and cfm.py; the options are globals ----",
 )
 
 
@@ -26,20 +31,21 @@ def parts(name):
 def test_the_diff_is_the_mathematics():
     ddpm, cfm = parts("ddpm"), parts("cfm")
     for i, what in ((1, "imports and shared options"), (3, "everything after the method")):
-        diff = list(
-            difflib.unified_diff(ddpm[i].splitlines(), cfm[i].splitlines(), "ddpm.py", "cfm.py", lineterm="")
-        )
-        assert not diff, f"{what} differ:\n" + "\n".join(diff)
+        one, other = ddpm[i].splitlines(), cfm[i].splitlines()
+        diff = difflib.unified_diff(one, other, "ddpm.py", "cfm.py", lineterm="")
+        assert one == other, f"{what} differ:\n" + "\n".join(diff)
     assert len(ddpm[3].splitlines()) > 150 and ddpm[2] != cfm[2]
 
 
 def test_importing_parses_nothing_prints_nothing_and_writes_nothing(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['x', '--nonsense']; "
-        "import configurator, unet, ddpm, cfm, sample"
+        "import configurator, core.data, core.machine, core.run, unet, ddpm, cfm, sample"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr, list(tmp_path.iterdir())) == (0, "", "", [])
+    pipes = {"capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, **pipes)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["ddpm", "cfm", "sample"])
@@ -48,3 +54,71 @@ def test_options_are_written_down_not_computed(name):
     for node in ast.parse((ROOT / f"{name}.py").read_text()).body:
         if isinstance(node, ast.Assign) and node.targets[0].id.islower():
             ast.literal_eval(node.value)
+
+
+def imported(nodes):
+    """The top-level names that are imported by whoever imports a module of these nodes."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." if node.level else node.module.split(".")[0]
+        elif isinstance(node, ast.If) and "__name__" in ast.dump(node.test):
+            yield from imported(node.orelse)
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield from imported(ast.iter_child_nodes(node))
+
+
+@pytest.mark.parametrize("name", ["ddpm", "cfm", "sample"])
+def test_a_module_imports_only_torch_and_the_standard_library(name):
+    found = set(imported(ast.parse((ROOT / f"{name}.py").read_text()).body))
+    assert "torch" in found and found <= {"torch", *sys.stdlib_module_names}
+
+
+ABSENT = ["torchvision", "PIL", "configurator", "core", "unet", "sample", "scipy"]
+USES = {
+    "ddpm": """
+from {module} import DenoiseDiffusion
+def model(t, x, y):
+    return weight * x * (1 + t.reshape(-1, 1, 1, 1) / 10)
+method = DenoiseDiffusion(model, n_steps=10)
+""",
+    "cfm": """
+from {module} import ConditionalFlowMatcher, VelocityField
+matcher = ConditionalFlowMatcher(sigma=0.1)
+t, xt, ut = matcher.sample_location_and_conditional_flow(noise, x)
+assert t.shape == (4,) and xt.shape == ut.shape == x.shape and torch.equal(ut, x - noise)
+def model(t, x, y):
+    return weight * x * (1 + t.reshape(-1, 1, 1, 1))
+method = VelocityField(model, matcher)
+""",
+}
+BOTH = """
+loss = method.loss(x, y)
+loss.backward()
+assert loss > 0 and weight.grad.abs() > 0
+drawn = method.sample(noise, y, {steps}guidance=2.0)
+assert drawn.shape == x.shape and drawn.isfinite().all() and not drawn.equal(noise)
+print("used", {module!r})
+"""
+
+
+@pytest.mark.parametrize("name, steps", [("ddpm", ""), ("cfm", "steps=3, ")])
+def test_one_file_alone_is_of_use_in_a_folder_and_in_a_package(name, steps, tmp_path):
+    """All else is absent, also what happens to be installed."""
+    for folder in ("alone", "project/mypackage"):
+        (tmp_path / folder).mkdir(parents=True)
+        shutil.copy(ROOT / f"{name}.py", tmp_path / folder)
+    code = f"import sys\nsys.modules.update(dict.fromkeys({ABSENT}))\nimport torch\n"
+    for folder, module in (("alone", name), ("project", f"mypackage.{name}")):
+        code += f"sys.path[0] = {str(tmp_path / folder)!r}\n"
+        code += "noise, x = torch.randn(2, 4, 1, 8, 8)\ny = torch.tensor([0, 1, 2, -1])\n"
+        code += "weight = torch.ones((), requires_grad=True)\n"
+        code += (USES[name] + BOTH).format(module=module, steps=steps)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    pipes = {"capture_output": True, "text": True}
+    command = [sys.executable, "-B", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path / "alone", env=environment, **pipes)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert done.stdout == f"used {name}\nused mypackage.{name}\n"
+    assert [p.name for p in (tmp_path / "alone").iterdir()] == [f"{name}.py"]

@@ -1,0 +1,296 @@
+"""
+A folder of pictures: found, decoded on all cores, kept in one file for the next time, and split.
+
+Pictures are uint8 (N, C, H, W), labels are int64 (N,), the number of a class or -1 for none.
+"""
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+import zlib
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageColor, ImageOps
+
+from configurator import say
+from core.run import atomic_write
+
+
+class Data:
+    """
+    Pictures and labels, (x, y) to train on and (x, y) held out, and the names of the classes.
+
+    The checksum is that of all pictures and labels, in any order.
+    """
+
+    def __init__(self, train, held_out, classes, checksum):
+        self.train, self.held_out = train, held_out
+        self.classes = classes           # names, of those that occur, in natural order
+        self.checksum = checksum
+
+    def summary(self):
+        """What a checkpoint remembers of it: plain values."""
+        return {"pictures": len(self.train[0]) + len(self.held_out[0]),
+                "shape": tuple(self.train[0].shape[1:]),
+                "classes": list(self.classes), "checksum": self.checksum}
+
+    def differences(self, before):
+        """In words, what distinguishes it from the data with the summary before; "" for nothing."""
+        now, found = self.summary(), []
+        for name in ("pictures", "shape"):
+            if now[name] != before.get(name):
+                found.append(f"{name} {before.get(name)} before, {now[name]} now")
+        classes = before.get("classes", [])
+        if now["classes"] != classes:
+            gone = ", ".join(c for c in classes if c not in self.classes) or "none"
+            new = ", ".join(c for c in self.classes if c not in classes) or "none"
+            found.append(f"classes that are gone: {gone}, that are new: {new}")
+        if not found and now["checksum"] != before.get("checksum"):
+            found.append("as many pictures, but not the same, or other labels")
+        return "; ".join(found)
+
+    def counts(self):
+        """A line with the number of pictures to train on, of each class."""
+        counts = self.train[1].bincount(minlength=len(self.classes)).tolist()
+        line = ", ".join(f"{name}: {n}" for name, n in list(zip(self.classes, counts))[:20])
+        return line + (", ..." if len(self.classes) > 20 else "")
+
+
+class Splitter:
+    """
+    Puts pictures one by one into an array for n of them: those to train on from the front, those held
+    out from the back. A picture's own checksum decides, so that others that come or go move none.
+    """
+
+    def __init__(self, n):
+        self.n, self.front, self.back = n, 0, n
+        self.labels = np.empty(n, np.int64)
+        self.checksum = 0
+
+    def place(self, picture, label, name):
+        """Where to write the picture, (C, H, W): its index."""
+        crc = zlib.crc32(picture.tobytes())
+        self.checksum += zlib.crc32(f"{crc} {name}".encode())
+        if crc % 10 == 0:
+            self.back -= 1
+        else:
+            self.front += 1
+        i = self.back if crc % 10 == 0 else self.front - 1
+        self.labels[i] = label
+        return i
+
+    def data(self, x, classes):
+        """The Data of the array x uint8 (N, C, H, W), when all are placed. It is not copied."""
+        return split(x, self.labels, self.front, classes, self.checksum)
+
+
+def split(x, labels, n_train, classes, checksum):
+    if len(x) < 10 or n_train in (0, len(x)):                # too few or all alike
+        train = held_out = slice(None)
+    else:
+        train, held_out = slice(n_train), slice(n_train, None)
+    x, y = torch.from_numpy(x), torch.from_numpy(labels)
+    return Data((x[train], y[train]), (x[held_out], y[held_out]), classes, checksum)
+
+
+# ---- folders of pictures ----
+
+def natural(name):
+    """A key by which 2 sorts before 10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
+def find_pictures(folder):
+    """Files that may be pictures, in natural order, and a Counter of what else is below the folder."""
+    known = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    files, passed_over = [], Counter()
+
+    def walk(place, above):
+        here = os.path.realpath(place)
+        if here in above:                                    # a link to a folder that it is in
+            return
+        with os.scandir(place) as entries:
+            entries = sorted(entries, key=lambda entry: natural(entry.name))
+        if any(re.fullmatch(r"ckpt.*\.pt", entry.name) for entry in entries):
+            passed_over["folder of a run"] += 1
+            return
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                passed_over["hidden"] += 1
+            elif entry.is_dir():
+                walk(entry.path, [*above, here])
+            elif not entry.is_file():
+                passed_over["broken link"] += 1
+            elif Path(entry.name).suffix.lower() in known:
+                files.append(Path(entry.path))
+            else:
+                passed_over[Path(entry.name).suffix.lower() or "file without an ending"] += 1
+
+    walk(folder, [])
+    return files, passed_over
+
+
+def decode(path, size, ground, shift=None):
+    """
+    The picture as uint8 (C, H, W), C being 3, its middle square brought to size unless that is 0.
+
+    Of a picture with more than 8 bits a value, of which shift are too many: if that is not known, only
+    the largest value is returned.
+    """
+    with Image.open(path) as picture:
+        if size:
+            picture.draft("RGB", (2 * size, 2 * size))       # has JPEGs decoded no larger than needed
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode == "F":
+            raise ValueError("its pixels are floating-point numbers, of which none need be white")
+        if picture.mode.startswith("I"):
+            values = np.asarray(picture)
+            if shift is None:
+                return int(values.max())
+            picture = Image.fromarray((values >> shift).clip(0, 255).astype(np.uint8))
+        if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            behind = Image.new("RGBA", picture.size, ImageColor.getrgb(ground))
+            picture = Image.alpha_composite(behind, picture)
+        picture = picture.convert("RGB")
+        if size:
+            picture = ImageOps.fit(picture, (size, size))
+        return np.asarray(picture).transpose(2, 0, 1)
+
+
+def decode_all(files, size, ground, shift=None):
+    """
+    Yields (index, decode() of the file), on all cores. ValueError names all that cannot be read.
+
+    From time to time says how far it is.
+    """
+    def attempt(path):
+        try:
+            return decode(path, size, ground, shift)
+        except Exception as e:                               # PIL raises many kinds
+            return e
+
+    workers, pending, unreadable = os.cpu_count(), deque(), []
+    start = told = time.monotonic()
+    with ThreadPoolExecutor(workers) as pool:                # threads will do: PIL works outside the GIL
+        for i, path in enumerate([*files, *[None] * 8 * workers], -8 * workers):
+            if path is not None:
+                pending.append(pool.submit(attempt, path))   # some pictures ahead, not all
+            if i < 0 or not pending:
+                continue
+            found = pending.popleft().result()
+            if isinstance(found, Exception):
+                unreadable.append(f"{files[i]} ({found})")
+            elif not unreadable:                             # else look only for more of those
+                yield i, found
+            if time.monotonic() - told > 5:
+                told = time.monotonic()
+                left = (told - start) / (i + 1) * (len(files) - i - 1)
+                say(f"read {i + 1} of {len(files)} pictures, {left / 60:.1f} min left")
+    if unreadable:
+        names = "; ".join(unreadable[:10]) + ("; ..." if len(unreadable) > 10 else "")
+        raise ValueError(f"{len(unreadable)} of {len(files)} pictures cannot be read, "
+                         f"repair or remove them: {names}")
+
+
+def bits_too_many(values):
+    """How far to shift values of more than 8 bits, the largest of each picture being given."""
+    most = max(values)
+    depth = next((depth for depth in (8, 10, 12, 14, 16) if most < 2**depth), None)
+    if depth is None:
+        raise ValueError(f"pixels have values up to {most}: convert them to 8 or 16 bits")
+    say(f"pixels have values up to {most}: read as {depth} bits")
+    return depth - 8
+
+
+def say_if_one_level_off(folder, files):
+    """Are the classes one level further down, as in train/cat, train/dog, test/cat and test/dog?"""
+    below = {}
+    for parts in (p.relative_to(folder).parts for p in files):
+        below.setdefault(parts[0] if len(parts) > 1 else "", set()).add(parts[1] if len(parts) > 2 else "")
+    first, *others = below.items()
+    if len(first[1]) > 1 and "" not in first[1] and all(names == first[1] for _, names in others):
+        say(f"the classes are {', '.join(below)}: if you mean {', '.join(sorted(first[1], key=natural)[:5])}, "
+            f"use --dataset={folder / first[0]}")
+
+
+def load_folder(folder, data_dir, size, ground):
+    """Pictures below a folder, grey if all are, labelled by its subfolders; kept for the next time."""
+    ImageColor.getrgb(ground)                                # ValueError for what is no colour
+    files, passed_over = find_pictures(folder)
+    if passed_over:
+        say("passed over: " + ", ".join(f"{n} {what}" for what, n in sorted(passed_over.items())))
+    if not files:
+        raise ValueError("no pictures there")
+    stamps = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    stamp = hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
+    place = hashlib.sha256(repr((str(folder.resolve()), size, ground)).encode()).hexdigest()[:16]
+    about = Path(data_dir, "pictures", f"{place}.json")
+    if about.exists():
+        facts = json.loads(about.read_text())
+        if facts["stamp"] == stamp and about.with_name(facts["file"]).exists():
+            return open_kept(about)
+        say(f"{folder} has changed since it was read: reading it again")
+    say_if_one_level_off(folder, files)
+    try:
+        keep(folder, files, size, ground, about, stamp)
+    except KeyboardInterrupt:
+        say(f"stopped while reading {folder}", file=sys.stderr)
+        sys.exit(130)
+    return open_kept(about)
+
+
+def keep(folder, files, size, ground, about, stamp):
+    """Read the files of a folder into one array on the disk, and write what it is to the file about."""
+    files = sorted(files, key=lambda p: zlib.crc32(str(p.relative_to(folder)).encode()))    # mixed
+    names = [p.relative_to(folder).parts[0] if p.parent != folder else "" for p in files]
+    classes = sorted({*names} - {""}, key=natural)
+    number = {"": -1} | {name: i for i, name in enumerate(classes)}
+    splitter, shape, grey, deep = Splitter(len(files)), None, True, {}
+    about.parent.mkdir(parents=True, exist_ok=True)
+    array = about.with_name(f"{about.stem}-{stamp}.u8")
+    with atomic_write(array) as f:
+        def write(i, picture):
+            nonlocal shape, grey
+            if shape not in (None, picture.shape):
+                raise ValueError("its pictures differ in size, choose one: --image_size=64")
+            shape, grey = picture.shape, grey and bool((picture == picture[:1]).all())
+            f.seek(splitter.place(picture, number[names[i]], names[i]) * picture.nbytes)
+            f.write(picture.tobytes())
+
+        for i, found in decode_all(files, size, ground):
+            if isinstance(found, int):
+                deep[i] = found                              # to be read when all values are known
+            else:
+                write(i, found)
+        if deep:
+            again, shift = list(deep), bits_too_many(deep.values())
+            for i, picture in decode_all([files[i] for i in again], size, ground, shift):
+                write(again[i], picture)
+    if grey:
+        colour = np.memmap(array, np.uint8, "r", shape=(len(files), *shape))
+        shape = 1, *shape[1:]
+        with atomic_write(array) as f:
+            for start in range(0, len(files), 1000):
+                f.write(colour[start:start + 1000, :1].tobytes())
+    facts = {"stamp": stamp, "file": array.name, "shape": [len(files), *shape], "classes": classes,
+             "labels": splitter.labels.tolist(), "n_train": splitter.front, "checksum": splitter.checksum}
+    for old in about.parent.glob(f"{about.stem}-*.u8"):
+        if old != array:
+            old.unlink(missing_ok=True)
+    with atomic_write(about) as f:
+        f.write(json.dumps(facts).encode())
+
+
+def open_kept(about):
+    """The Data that keep() has written: a file that is mapped into memory, and shared by processes."""
+    facts = json.loads(about.read_text())
+    x = np.memmap(about.with_name(facts["file"]), np.uint8, "c", shape=tuple(facts["shape"]))
+    labels = np.array(facts["labels"], np.int64)
+    return split(x, labels, facts["n_train"], facts["classes"], facts["checksum"])

@@ -1,0 +1,456 @@
+"""People's own pictures: what a folder or an .npz may hold, and what becomes of it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import core.pictures
+from core.data import load_data
+from core.pictures import Splitter, natural
+from test_smoke import ROOT, TINY, checkpoint, here, refused, run_here, sample
+
+T = [a for a in TINY if "dataset" not in a and "eval" not in a] + ["--max_iters=2", "--eval_interval=2"]
+
+
+def picture(path, colour=(9, 90, 200), size=(8, 8), **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path, **options)
+
+
+@pytest.fixture
+def pets(tmp_path, monkeypatch):
+    """pets/cat and pets/dog, 30 pictures each, all different; the working directory is beside them."""
+    monkeypatch.chdir(tmp_path)
+    for i in range(60):
+        kind = ("cat", "dog")[i % 2]
+        picture(tmp_path / "pets" / kind / f"{i}.png", (3 * i, 255 * (i % 2), 7))
+    return tmp_path / "pets"
+
+
+def load(folder, **options):
+    return load_data(str(folder), "kept", **options)
+
+
+def all_of(data):
+    """{first pixel: class name} of all pictures."""
+    x = torch.cat([data.train[0], data.held_out[0]])
+    y = torch.cat([data.train[1], data.held_out[1]])
+    return {tuple(p[:, 0, 0].tolist()): data.classes[label] if label >= 0 else None
+            for p, label in zip(x, y.tolist())}
+
+
+# ---- what is found ----
+
+def test_classes_are_named_and_counted(pets):
+    data = load(pets)
+    assert data.classes == ["cat", "dog"]
+    assert sum(int(part.split(": ")[1]) for part in data.counts().split(", ")) == len(data.train[0])
+    assert {(3 * i, 255 * (i % 2), 7): ("cat", "dog")[i % 2] for i in range(60)} == all_of(data)
+
+
+def test_classes_are_in_natural_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("10", "2", "b10", "b9", "a"):
+        picture(tmp_path / "p" / name / "1.png", (ord(name[-1]), len(name), 0))
+    assert load("p").classes == ["2", "10", "a", "b9", "b10"]
+    assert sorted(["x10y2", "x9", "x10y1", "x"], key=natural) == ["x", "x9", "x10y1", "x10y2"]
+
+
+def test_hidden_folders_and_files_are_passed_over_and_counted(pets, capsys):
+    before = all_of(load(pets))
+    picture(pets / ".ipynb_checkpoints" / "1.png", (1, 1, 1))
+    picture(pets / "__MACOSX" / "cat" / "1.png", (1, 1, 1))
+    (pets / "cat" / "._1.png").write_bytes(b"no picture")
+    (pets / "cat" / ".DS_Store").write_bytes(b"")
+    (pets / "cat" / "notes.txt").write_text("")
+    (pets / "Thumbs.db").write_text("")
+    capsys.readouterr()
+    assert all_of(load(pets)) == before
+    assert "passed over: 1 .db, 1 .txt, 4 hidden" in capsys.readouterr().out
+
+
+def test_the_folder_of_a_run_is_passed_over(pets, capsys):
+    before = all_of(load(pets))
+    picture(pets / "out" / "cfm" / "sample-938.png", (1, 1, 1))
+    (pets / "out" / "cfm" / "ckpt.pt").write_bytes(b"")
+    assert all_of(load(pets)) == before
+    assert "1 folder of a run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ending", ["gif", "jfif", "webp", "bmp", "ppm", "TIFF"])
+def test_every_kind_that_pillow_reads_is_a_picture(ending, pets):
+    picture(pets / "owl" / f"1.{ending}", (255, 255, 255))
+    data = load(pets)
+    assert data.classes == ["cat", "dog", "owl"] and "owl" in all_of(data).values()
+
+
+def test_avif_too_where_pillow_reads_it(pets):
+    if ".avif" not in Image.registered_extensions():
+        pytest.skip("this Pillow has no AVIF")
+    picture(pets / "owl" / "1.avif", (255, 255, 255))
+    assert load(pets).classes == ["cat", "dog", "owl"]
+
+
+def test_links_are_followed_and_loops_end(pets, tmp_path, capsys):
+    picture(tmp_path / "elsewhere" / "1.png", (255, 255, 255))
+    (pets / "owl").symlink_to(tmp_path / "elsewhere")
+    (pets / "cat" / "loop").symlink_to(pets)
+    (pets / "dog" / "nowhere.png").symlink_to(tmp_path / "gone.png")
+    data = load(pets)
+    assert data.classes == ["cat", "dog", "owl"] and len(all_of(data)) == 61
+    assert "1 broken link" in capsys.readouterr().out
+
+
+def test_an_empty_class_is_none(pets):
+    (pets / "empty").mkdir()
+    assert load(pets).classes == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("tops", [["wrapper"], ["train", "test"]])
+def test_a_folder_level_too_many_is_noticed(tops, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for top in tops:
+        for kind in ("cat", "dog"):
+            picture(tmp_path / "p" / top / kind / "1.png")
+    load("p")
+    said = capsys.readouterr().out
+    assert f"the classes are {', '.join(sorted(tops))}" in said or tops[0] in said
+    assert "if you mean cat, dog, use --dataset=p/" in said
+
+
+def test_nothing_is_said_where_the_level_is_right(pets, capsys):
+    picture(pets / "cat" / "tabby" / "1.png", (255, 255, 255))
+    load(pets)
+    assert "if you mean" not in capsys.readouterr().out
+
+
+# ---- how pictures are read ----
+
+def test_all_that_cannot_be_read_are_named_at_once(pets):
+    for i in range(0, 60, 5):
+        path = pets / ("cat", "dog")[i % 2] / f"{i}.png"
+        path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(ValueError, match="12 of 60 pictures cannot be read") as error:
+        load(pets)
+    message = str(error.value)
+    assert message.count(".png (") == 10 and message.endswith("; ...")
+
+
+def test_a_size_that_is_missing_is_noticed_at_the_second_picture(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i in range(200):
+        picture(tmp_path / "p" / f"{i}.png", size=(8 + i, 8))
+    opened, decode = [], core.pictures.decode
+    monkeypatch.setattr(core.pictures, "decode", lambda *a: (opened.append(a), decode(*a))[1])
+    with pytest.raises(ValueError, match="--image_size"):
+        load("p")
+    assert len(opened) <= 2 + 8 * os.cpu_count() + os.cpu_count()
+
+
+def grey16(path, values):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(values.astype(np.uint16)).save(path)
+
+
+@pytest.mark.parametrize("most, shift", [(255, 0), (1023, 2), (4095, 4), (65535, 8)])
+def test_pictures_of_16_bits_that_hold_fewer_are_not_black(most, shift, tmp_path, monkeypatch):
+    """The largest value of all pictures tells how many bits there are; each keeps its own brightness."""
+    monkeypatch.chdir(tmp_path)
+    ramp = np.linspace(0, most, 64).round().reshape(8, 8)
+    grey16(tmp_path / "p" / "bright.png", ramp)
+    grey16(tmp_path / "p" / "dark.png", ramp // 4)
+    x, _ = load("p").train
+    brightest = sorted(x.flatten(1).max(1).values.tolist())
+    assert brightest[1] == 255 and 60 <= brightest[0] <= 64
+    [bright] = [p for p in x if p.max() == 255]
+    assert np.array_equal(bright[0].numpy(), ramp.astype(int) >> shift)
+
+
+def test_32_bits_are_read_by_their_values_and_refused_where_they_are_too_large(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ramp = np.arange(64, dtype=np.int32).reshape(8, 8)
+    (tmp_path / "p").mkdir()
+    Image.fromarray(ramp * 4).save(tmp_path / "p" / "a.tif")
+    assert load("p").train[0].max() == 252
+    Image.fromarray(ramp * 100_000).save(tmp_path / "p" / "b.tif")
+    with pytest.raises(ValueError, match="values up to 6300000"):
+        load("p")
+
+
+@pytest.mark.parametrize("ground, seen", [("white", 255), ("black", 0), ("#7f7f7f", 127)])
+def test_transparent_pictures_lie_on_a_ground_that_an_option_names(ground, seen, tmp_path, monkeypatch):
+    """The colours hidden under full transparency are not learned; half transparent ones are mixed."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p").mkdir()
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    clear.paste((0, 0, 255, 255), (0, 0, 8, 4))
+    clear.save(tmp_path / "p" / "a.png")
+    palette = clear.convert("RGB").quantize(4)
+    palette.save(tmp_path / "p" / "b.png", transparency=palette.getpixel((0, 7)))
+    for p in load("p", ground=ground).train[0]:
+        assert (p[:, 7, 0] == seen).all() and p[:, 0, 0].tolist() == [0, 0, 255]
+
+
+def test_a_ground_that_is_no_colour_is_refused_in_one_line(pets):
+    refused("cfm", *T, "--dataset=pets", "--background=plaid", cwd=pets.parent, message="plaid")
+
+
+def test_large_photos_are_decoded_no_larger_than_needed_and_look_the_same(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p").mkdir()
+    y, x = np.mgrid[:1200, :1600] / 200
+    photo = (127 + 60 * np.stack([np.sin(x), np.cos(y), np.sin(x + y)], 2)).astype(np.uint8)
+    Image.fromarray(photo).save(tmp_path / "p" / "a.jpg", quality=95)
+    Image.fromarray(photo).save(tmp_path / "p" / "b.png")
+    a, b = load("p", image_size=32).train[0].float()
+    assert (a - b).abs().mean() < 2 and a.shape == (3, 32, 32)
+
+
+# ---- what is kept ----
+
+def test_what_was_read_is_kept_and_opened_at_once(pets, monkeypatch):
+    first = load(pets)
+
+    def decode(*args):
+        raise AssertionError("read again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(core.pictures, "decode", decode)
+        again = load(pets)
+    assert all(torch.equal(a, b) for a, b in zip((*first.train, *first.held_out),
+                                                 (*again.train, *again.held_out)))
+    assert (first.classes, first.checksum) == (again.classes, again.checksum)
+    assert not again.train[0].numpy().flags.owndata                     # it is mapped, not read
+    assert len(list((pets.parent / "kept" / "pictures").glob("*"))) == 2
+
+
+def test_another_size_or_ground_is_kept_beside_it(pets):
+    load(pets), load(pets, image_size=4), load(pets, image_size=4, ground="black")
+    assert len(list((pets.parent / "kept" / "pictures").glob("*.u8"))) == 3
+
+
+@pytest.mark.parametrize("change", ["added", "removed", "touched", "moved"])
+def test_a_changed_folder_is_read_again_and_said_so(change, pets, capsys):
+    first = load(pets)
+    one = pets / "cat" / "0.png"
+    if change == "added":
+        picture(pets / "cat" / "new.png", (255, 255, 255))
+    elif change == "removed":
+        one.unlink()
+    elif change == "touched":
+        picture(one, (255, 255, 255))
+    else:
+        (pets / "cat").rename(pets / "zebra")
+    again = load(pets)
+    assert "has changed since it was read: reading it again" in capsys.readouterr().out
+    assert all_of(again) != all_of(first) and again.checksum != first.checksum
+    assert len(list((pets.parent / "kept" / "pictures").glob("*.u8"))) == 1
+
+
+def test_nothing_half_read_is_left_or_used(pets):
+    bad = pets / "dog" / "59.png"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:40])
+    with pytest.raises(ValueError):
+        load(pets)
+    assert not [p for p in (pets.parent / "kept").rglob("*") if p.is_file()]
+    bad.write_bytes(whole)
+    assert len(all_of(load(pets))) == 60
+
+
+def test_ctrl_c_while_reading_is_a_line(tmp_path):
+    for i in range(100):
+        picture(tmp_path / "p" / f"{i}.png", (i, 0, 0))
+    code = ("import core.pictures as p, time, sys; decode = p.decode\n"
+            "p.decode = lambda *a: (time.sleep(0.3), decode(*a))[1]\n"
+            "print('reading', flush=True)\n"
+            "from core.data import load_data; load_data('p', 'kept')")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    process.stdout.readline()
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == "stopped while reading p\n"
+    assert not [p for p in (tmp_path / "kept").rglob("*") if p.is_file()]
+
+
+# ---- how they are split ----
+
+def test_a_picture_that_comes_or_goes_moves_no_other(pets):
+    before = load(pets)
+    held_out = {tuple(p[:, 0, 0].tolist()) for p in before.held_out[0]}
+    assert 0 < len(held_out) < 20
+    for i in range(20):
+        picture(pets / "owl" / f"{i}.png", (255, 255, i))
+    (pets / "cat" / "0.png").unlink()
+    after = load(pets)
+    again = {tuple(p[:, 0, 0].tolist()) for p in after.held_out[0]}
+    old = {p for p in again if p[:2] != (255, 255)}
+    assert old == held_out - {(0, 0, 7)}
+
+
+def test_about_a_tenth_is_held_out():
+    rng, splitter = np.random.default_rng(0), Splitter(5000)
+    for p in rng.integers(0, 256, (5000, 1, 4, 4), dtype=np.uint8):
+        splitter.place(p, 0, "")
+    assert 420 < 5000 - splitter.front < 580 and splitter.front == splitter.back
+
+
+# ---- labels ----
+
+def test_the_classes_of_an_npz_are_those_that_occur(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", x, np.where(np.arange(40) % 2, 3, 7))
+    printed = here("cfm", *T, "--dataset=x.npz", "--out_dir=run", cwd=tmp_path)
+    assert "2 classes" in printed and "classes: 3: " in printed
+    assert checkpoint(tmp_path / "run")["model_args"]["num_classes"] == 2
+    assert checkpoint(tmp_path / "run")["data"]["classes"] == ["3", "7"]
+    sample("--out_dir=run", "--n_samples=4", "--save=all.npz", cwd=tmp_path)
+    assert np.load(tmp_path / "all.npz")["arr_1"].tolist() == [3, 7, 3, 7]
+    sample("--out_dir=run", "--n_samples=4", "--labels=7", "--save=seven.npz", cwd=tmp_path)
+    assert np.load(tmp_path / "seven.npz")["arr_1"].tolist() == [7] * 4
+    for label in ("0", "1", "3,8", "seven"):
+        refused("sample", "--out_dir=run", f"--labels={label}", cwd=tmp_path,
+                message=f"there is no {label.split(',')[-1]}, the model has 3, 7")
+
+
+@pytest.mark.parametrize("labels, classes", [
+    (np.arange(1, 11).repeat(2), [str(i) for i in range(1, 11)]),
+    (np.array([10**9, 5] * 10), ["5", "1000000000"]),
+    (np.array([2**63 + 5, 1] * 10, np.uint64), ["1", str(2**63 + 5)]),
+    (np.array([-1, 4] * 10), ["4"]),
+])
+def test_odd_labels(labels, classes, tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 1), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", x, labels)
+    data = load_data(str(tmp_path / "x.npz"))
+    assert data.classes == classes
+    y = torch.cat([data.train[1], data.held_out[1]])
+    assert set(y.tolist()) == set(range(len(classes))) | ({-1} if -1 in labels.tolist() else set())
+
+
+def test_classes_are_asked_for_by_name_and_come_back_by_name(pets):
+    here("ddpm", *T, "--dataset=pets", "--out_dir=run", cwd=pets.parent)
+    sample("--out_dir=run", "--n_samples=3", "--labels=dog,cat", "--save=x.npz", cwd=pets.parent)
+    saved = np.load(pets.parent / "x.npz")
+    assert saved["classes"][saved["arr_1"]].tolist() == ["dog", "cat", "dog"]
+    assert load_data("x.npz").classes == ["cat", "dog"]                 # and are read again
+    sample("--out_dir=run", "--n_samples=3", "--labels=1", "--save=y.npz", cwd=pets.parent)
+    assert np.load(pets.parent / "y.npz")["arr_1"].tolist() == [1, 1, 1]
+    refused("sample", "--out_dir=run", "--labels=cow", cwd=pets.parent,
+            message="there is no cow, the model has cat, dog")
+
+
+# ---- .npz files ----
+
+def test_an_npz_is_cut_to_its_middle_as_folders_are(tmp_path):
+    x = np.zeros((20, 8, 16, 1), np.uint8)
+    x[:, :, 4:12] = 255
+    np.savez(tmp_path / "x.npz", x)
+    data = load_data(str(tmp_path / "x.npz"), image_size=4)
+    assert data.train[0].shape[1:] == (1, 4, 4) and data.train[0].min() == 255
+
+
+def test_an_npz_may_be_written_in_capitals_and_other_keys_are_named(tmp_path):
+    np.savez(tmp_path / "x.npz", np.zeros((20, 4, 4, 1), np.uint8))
+    (tmp_path / "x.npz").rename(tmp_path / "OK.NPZ")
+    assert load_data(str(tmp_path / "OK.NPZ")).train[0].shape == (20, 1, 4, 4)
+    np.savez(tmp_path / "y.npz", images=np.zeros(3), labels=np.zeros(3))
+    with pytest.raises(ValueError, match="it must hold pictures as arr_0, but holds images, labels"):
+        load_data(str(tmp_path / "y.npz"))
+
+
+# ---- the data of a run ----
+
+def spellings(pets):
+    yield "pets/"
+    yield str(pets)
+    yield "./pets"
+    yield os.path.join("..", pets.parent.name, "pets")
+
+
+def test_a_moved_set_is_accepted_and_a_changed_one_is_named(pets):
+    cwd = pets.parent
+    here("cfm", *T, "--dataset=pets", "--out_dir=run", cwd=cwd)
+    resume = ["--init_from=resume", "--out_dir=run"]
+    for n, spelling in enumerate(spellings(pets), 2):
+        here("cfm", *resume, f"--dataset={spelling}", f"--max_iters={2 * n}", cwd=cwd)
+    pets.rename(cwd / "animals")
+    refused("cfm", *resume, "--max_iters=20", cwd=cwd, message="--dataset=")
+    here("cfm", *resume, "--dataset=animals", "--max_iters=20", cwd=cwd)
+    sample("--out_dir=run", "--task=reconstruct", "--n_samples=2", cwd=cwd)
+    (cwd / "animals").rename(cwd / "again")
+    sample("--out_dir=run", "--task=reconstruct", "--n_samples=2", "--dataset=again", cwd=cwd)
+
+    picture(cwd / "again" / "cat" / "new.png", (255, 255, 255))
+    moved = [*resume, "--dataset=again", "--max_iters=30"]
+    code, _, err = run_here("cfm", *moved, cwd=cwd)
+    assert code == 2 and "pictures 60 before, 61 now" in err and "--changed_data" in err
+    code, _, err = run_here("sample", "--out_dir=run", "--task=likelihood", "--dataset=again", cwd=cwd)
+    assert code == 2 and "pictures 60 before, 61 now" in err
+    here("cfm", *moved, "--changed_data", cwd=cwd)
+    assert checkpoint(cwd / "run")["data"]["pictures"] == 61
+
+
+def test_classes_that_were_renamed_are_named(pets):
+    cwd = pets.parent
+    here("cfm", *T, "--dataset=pets", "--out_dir=run", cwd=cwd)
+    (pets / "cat").rename(pets / "zebra")
+    code, _, err = run_here("cfm", "--init_from=resume", "--out_dir=run", "--max_iters=9", cwd=cwd)
+    assert code == 2 and "classes that are gone: cat, that are new: zebra" in err
+
+
+def test_labels_that_were_swapped_are_noticed(pets):
+    cwd = pets.parent
+    here("cfm", *T, "--dataset=pets", "--out_dir=run", cwd=cwd)
+    for a, b in (("cat", "x"), ("dog", "cat"), ("x", "dog")):
+        (pets / a).rename(pets / b)
+    code, _, err = run_here("cfm", "--init_from=resume", "--out_dir=run", "--max_iters=9", cwd=cwd)
+    assert code == 2 and "as many pictures, but not the same, or other labels" in err
+
+
+def test_moved_downloads_are_found_by_an_option(tmp_path, monkeypatch):
+    here("cfm", *TINY, "--max_iters=1", "--out_dir=run", cwd=tmp_path)
+    sample("--out_dir=run", "--task=reconstruct", "--n_samples=2", "--data_dir=elsewhere", cwd=tmp_path)
+
+
+# ---- figures ----
+
+@pytest.mark.long
+def test_60000_small_pictures_and_3000_photos(tmp_path, monkeypatch):
+    """In at most 15 s each, and opened in 2; memory stays below 1.3 times the finished array."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    small = [rng.integers(0, 256, (64, 64, 3), dtype=np.uint8) // 2 + 60 for _ in range(50)]
+    for i in range(60_000):
+        path = tmp_path / "small" / str(i % 100) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.roll(small[i % 50], i, axis=1)).save(path, compress_level=1)
+    y, x = np.mgrid[:2000, :3000] / 300
+    photo = (127 + 60 * np.stack([np.sin(x), np.cos(y), np.sin(x + y)], 2)).astype(np.uint8)
+    Image.fromarray(photo).save(tmp_path / "photo.jpg")
+    (tmp_path / "photos").mkdir()
+    for i in range(3000):
+        os.link(tmp_path / "photo.jpg", tmp_path / "photos" / f"{i}.jpg")
+    code = ("import resource, sys, time; from core.data import load_data\n"
+            "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+            "base, start = peak(), time.time()\n"
+            "data = load_data(sys.argv[1], 'kept', 64)\n"
+            "size = sum(x.numel() for x in (data.train[0], data.held_out[0])) / 2**20\n"
+            "print(time.time() - start, (peak() - base) / size)")
+    for folder in ("small", "photos"):
+        for limit in (15, 2):
+            command = [sys.executable, "-c", code, folder]
+            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            out = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+            seconds, share = map(float, out.stdout.splitlines()[-1].split())
+            print(f"\n{folder}: {seconds:.1f} s, peak {share:.2f} times the finished array")
+            assert seconds < limit and share < 1.3
