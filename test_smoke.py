@@ -373,7 +373,7 @@ def test_sample_files_and_seeds(trained):
         (cwd / name).unlink()
 
 
-@pytest.mark.parametrize("script", ["ddpm", "cfm"])
+@pytest.mark.parametrize("script", [pytest.param("ddpm", marks=slow), "cfm"])
 def test_a_stopped_and_resumed_run_equals_a_straight_one_bit_for_bit(script, tmp_path):
     """With all that is random on, and accumulation; stopped between evaluations."""
     args = [*TINY, "--max_iters=60", "--log_interval=8"]

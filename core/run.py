@@ -104,6 +104,8 @@ def load_checkpoint(path, method=None):
         if backup.exists():
             message = f"{message}; to take the one before it: mv {backup} {path}"
         fail(message)
+    if method and not checkpoint["model"]:
+        fail(f"{path} holds averaged weights only: it can be drawn from, not resumed")
     if checkpoint["method"] != (method or checkpoint["method"]):
         fail(f"{path} is a run of {checkpoint['method']}.py: resume it with that, "
              "or choose another --out_dir")

@@ -4,7 +4,10 @@ import ast
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from test_smoke import sample
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ["README.md", "docs/mathematics.md", "bench/README.md", "tests/README.md"]
@@ -80,6 +83,27 @@ def test_the_front_page_is_for_a_visitor_of_two_minutes():
     assert len(text.splitlines()) <= 150 and len(text.split()) <= 1700
 
 
-def test_the_weights_that_come_with_the_project_are_small():
+def test_what_comes_with_the_project_is_small():
     for path in (ROOT / "assets").rglob("*"):
         assert not path.is_file() or path.stat().st_size < 2_000_000, path
+    assert (ROOT / "assets" / "digits.gif").stat().st_size < 600_000
+
+
+def test_the_weights_that_come_with_the_project_draw_digits(tmp_path):
+    """Mostly black; of each class alike; and from the same noise nearly the same by both methods."""
+    drawn = {}
+    for method in ("cfm", "ddpm"):
+        where = f"--out_dir={ROOT / 'assets' / method}"
+        assert f"--out_dir=assets/{method}" in (ROOT / "README.md").read_text()
+        sample(where, "--save=x.npz", cwd=tmp_path)
+        arrays = np.load(tmp_path / "x.npz")
+        assert arrays["arr_1"].tolist() == list(range(10)) * 10
+        drawn[method] = arrays["arr_0"][..., 0].astype(float)
+        (tmp_path / "x.npz").unlink()
+    for x in drawn.values():
+        assert 20 < x.mean() < 50 and (x < 10).mean() > 0.7 and (x > 245).mean() > 0.03
+        means = x.reshape(10, 10, -1).mean(0)                           # of each class
+        own = np.square(x.reshape(10, 10, 1, -1) - means).mean(-1).argmin(-1) == np.arange(10)
+        assert own.mean() > 0.8
+    a, b = (x.reshape(100, -1) - x.mean() for x in drawn.values())
+    assert (a * b).mean() / np.sqrt((a**2).mean() * (b**2).mean()) > 0.6

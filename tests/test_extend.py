@@ -128,3 +128,26 @@ def test_a_network(project, script, network, counted):
         file.write(network)
     printed = learns(project, script)
     assert ("MFLOP" in printed) == counted and " parameters" in printed
+
+
+CHECKS = '''
+def load_checks(data_dir, size):
+    """Chessboards, in two colours."""
+    x = torch.zeros(40, 1, size, size, dtype=torch.uint8)
+    y = torch.arange(40) % 2
+    x[:, :, ::2, ::2] = 255
+    x[y == 1] = 255 - x[y == 1]
+    return Data((x, y), (x, y), ["white", "black"], checksum=1)
+
+
+'''
+
+
+def test_a_data_set(project):
+    insert(project / "core" / "data.py", "# Data sets by name", CHECKS)
+    insert(project / "core" / "data.py", "@contextlib.contextmanager", 'LOADERS["checks"] = load_checks\n\n\n')
+    args = [a for a in TINY if "dataset" not in a] + ["--max_iters=20", "--out_dir=x", "--dataset=checks"]
+    assert "checks: 40 pictures of (1, 8, 8), 2 classes\nclasses: white: 20, black: 20" in run(project, "cfm", *args)
+    run(project, "sample", "--out_dir=x", "--labels=black,white", "--n_samples=2")
+    assert "none of mnist, fashion_mnist, cifar10, synthetic, checks" in run(
+        project, "cfm", *args[:-2], "--out_dir=y", "--dataset=chess", code=2)
