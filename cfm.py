@@ -2,17 +2,17 @@
 Conditional flow matching in one file: Lipman et al. 2022 (arXiv 2210.02747) and Tong et al. 2023
 (arXiv 2302.00482).
 
-    python cfm.py                                              # MNIST, ten epochs; watch out/cfm
+    python cfm.py                                              # MNIST, ten epochs, into out/cfm
     python cfm.py --sigma=0.1 --batch_size=128                 # any option below; --help lists them
     python cfm.py --dataset=path/to/pictures --image_size=64   # your own, labelled by subfolders
-    python cfm.py --init_from=resume                           # go on where a run was stopped
+    python cfm.py --init_from=resume                           # continue a run that was stopped
     torchrun --standalone --nproc_per_node=4 cfm.py            # on four GPUs
 
-Noise x0, at t = 0, flows to data x1, at t = 1, along dx/dt = v(t, x). The path from one x0 to one
-x1 is ours to choose: a straight line, of velocity x1 - x0. A model that predicts this for all
-pairs learns the mean velocity of the lines through x at t, for a mean has the smallest squared
-error. The flow along that mean carries noise to the distribution of the data.
-docs/mathematics.md derives it all.
+Noise x0, at t = 0, flows to data x1, at t = 1, along dx/dt = v(t, x). We choose the path from one x0
+to one x1: a straight line, of velocity x1 - x0. A model trained to predict that from x_t and t
+alone learns the mean velocity of the lines through x_t, since the mean minimises the squared error.
+The flow along that mean carries noise to the distribution of the data. docs/mathematics.md derives
+it all. Files beside this one are imported where they are used, so it can be copied alone.
 """
 import copy
 import math
@@ -22,52 +22,52 @@ import torch
 
 # -----------------------------------------------------------------------------
 # output
-eval_interval = 938       # iterations from one evaluation, grid and checkpoint to the next: an epoch
-log_interval = 100        # iterations from one log line to the next
-init_from = "scratch"     # or "resume": continue the run in out_dir, under its own options
-overwrite = False         # let a run from scratch replace the one in out_dir
+eval_interval = 938       # evaluate, draw a grid and save every so many iterations: an epoch of MNIST
+log_interval = 100        # log every so many iterations
+init_from = "scratch"     # or "resume": continue the run in out_dir with its options
+overwrite = False         # replace the run in out_dir
 # data
 dataset = "mnist"         # or fashion_mnist, cifar10, synthetic, a folder of pictures, an .npz file
-data_dir = "data"         # where downloads are kept
-image_size = 0            # side to bring pictures to; 0: as they are
-background = "white"      # colour behind transparent pictures: a name, or #rrggbb
-changed_data = False      # let a resumed run go on with other pictures than it had
+data_dir = "data"         # for downloads, and for what was read from folders
+image_size = 0            # centre-crop and resize pictures to this side; 0: as they are
+background = "white"      # for transparent pictures: a colour's name, or #rrggbb
+changed_data = False      # allow resuming on changed data
 flip = False              # mirror pictures at random: never for digits
-conditional = True        # learn the labels, if there are any; false: unconditional
-label_dropout = 0.02      # share of labels hidden in training, so that guidance is possible
+conditional = True        # class-conditional, if the data has labels
+label_dropout = 0.02      # fraction of labels dropped, which makes guidance possible
 # model, see unet.py
 channels = 24             # width of the first level
-channel_mults = (1, 2)    # width of each level as a multiple of that; each has half the resolution
-n_res_blocks = 1          # residual blocks a level
-attention_levels = (2,)   # levels with attention, from 0; the one after the last is the middle
+channel_mults = (1, 2)    # width of each level, as a multiple; each level halves the resolution
+n_res_blocks = 1          # residual blocks per level
+attention_levels = (2,)   # levels with attention, from 0; here 2, after the last, is the middle block
 dropout = 0.0             # inside the residual blocks
-patch = 2                 # patch x patch pixels become channels first: 2 works at half resolution
+patch = 2                 # fold patch x patch pixels into channels: 2 runs at half the resolution
 # training
-batch_size = 64           # pictures a process takes at a time
-gradient_accumulation_steps = 1  # batches a process takes for one step of the optimizer
+batch_size = 64           # per process; with accumulation, the micro-batch size
+gradient_accumulation_steps = 1  # micro-batches per step of the optimizer
 max_iters = 9380          # steps of the optimizer: ten epochs of MNIST
-muon = True               # Muon for kernels of convolutions, AdamW for the rest; false: AdamW alone
-learning_rate = 6e-3      # the largest, after the warm-up
-warmup_iters = 100        # the rate first rises from 0 in a straight line
-decay_lr = True           # then falls to 0 in a straight line until max_iters; false: stays
+muon = True               # Muon for convolution kernels, AdamW for the rest; false: AdamW for all
+learning_rate = 6e-3      # peak, before the decay
+warmup_iters = 100        # linear warm-up from 0
+decay_lr = True           # linear decay to 0 over the whole run; false: constant after the warm-up
 weight_decay = 0.01       # decoupled, as in AdamW
-adam_beta2 = 0.99         # decay of AdamW's second moment; Kingma & Ba have 0.999
-grad_clip = 1.0           # largest norm of the gradient; 0: any
-ema_decay = 0.999         # of the averaged weights, used for sampling; rises to this from 0.1
+adam_beta2 = 0.99         # of AdamW's second moment; the textbook's is 0.999
+grad_clip = 1.0           # clip the gradient's norm; 0: no clipping
+ema_decay = 0.999         # of the averaged weights that are used for sampling; starts at 0.1
 # machine
-device = "auto"           # cuda, cuda:1, mps or cpu; auto: the first of them that is there
-dtype = "auto"            # float32, bfloat16 or float16; auto: on CUDA bfloat16 if the card has it
+device = "auto"           # cuda, cuda:1, mps or cpu; auto: the first that is available
+dtype = "auto"            # float32, bfloat16 or float16; auto: on CUDA bfloat16, or float16 without
 compile = "auto"          # torch.compile: true or false; auto: on CUDA
 seed = 1337               # every draw is a function of seed, iteration and micro-batch
 # the method, and the grids drawn with it
 out_dir = "out/cfm"       # for checkpoints, grids and log.csv
 path = "icfm"             # from noise to data: icfm, ot, target, vp or sb, see the classes below
 sigma = 0.0               # width of the path around its mean; sb needs one, such as 0.5
-t_mean = -0.4             # training times are sigmoids of normal draws of this mean: 0 is noise
-t_uniform = 0.0           # but this share of a batch has uniform ones
+t_mean = -0.4             # training times are sigmoid(N(t_mean, 1)); t = 0 is noise
+t_uniform = 0.0           # fraction of each batch with uniform times instead
 sampler = "dpm++"         # or ddim, euler, midpoint, heun, rk4, dopri5: see sample.py
 sample_steps = 5          # midpoint and heun evaluate the model twice a step, rk4 four times
-guidance = 1.0            # 1: the conditional model; 0: the unconditional; above: exaggerated labels
+guidance = 1.0            # guidance scale: 0 unconditional, 1 conditional, above 1 stronger
 # -----------------------------------------------------------------------------
 METHOD = "cfm"
 
@@ -84,7 +84,7 @@ class ConditionalFlowMatcher:
     Throughout, x0, x1, xt and ut are (B, *dim), and t is (B,) in [0, 1]. Raises ValueError for a
     negative sigma.
     """
-    straight = True              # the path is a line, so a velocity tells both its ends
+    straight = True              # a straight path: sample.py reads x0 and x1 off x_t and its velocity
     margin = 0.0                 # how far training keeps away from t = 0 and t = 1
 
     def __init__(self, sigma=0.0):
@@ -102,7 +102,7 @@ class ConditionalFlowMatcher:
         return self.sigma
 
     def compute_lambda(self, t):
-        """Weight of the score's loss beside this one (Tong et al. 2023, arXiv 2307.03672)."""
+        """Weight of a score-matching loss (Tong et al. 2023, arXiv 2307.03672): not used here."""
         return 2 * self.compute_sigma_t(t) / (self.sigma**2 + 1e-8)
 
     def sample_noise_like(self, x):
@@ -119,15 +119,15 @@ class ConditionalFlowMatcher:
         return x1 - x0
 
     def pair(self, x0, x1, y=None):
-        """x0 in the order in which it goes with x1: here as it comes, both being independent."""
+        """x0 reordered to match x1. Here, noise and data are independent: no pairing."""
         return x0
 
     def sample_location_and_conditional_flow(self, x0, x1, t=None, return_noise=False, y=None):
         """
         Where to evaluate the model, and what it should say: (t, xt, ut), or (t, xt, ut, epsilon).
 
-        Times are uniform unless given. Draws rand(B), then randn like x0, even if sigma is 0: under
-        one seed the numbers are those of torchcfm.
+        Draws t, uniform, unless given, and then epsilon, even if sigma is 0. That is torchcfm's
+        order, so the same seed gives the same numbers.
         """
         x0 = self.pair(x0, x1, y)
         t = torch.rand(x0.shape[0]).type_as(x0) if t is None else t
@@ -139,10 +139,11 @@ class ConditionalFlowMatcher:
 
 class ExactOptimalTransportConditionalFlowMatcher(ConditionalFlowMatcher):
     """
-    OT-CFM of Tong et al.: the same path, between the pairs of the smallest squared distances.
+    OT-CFM of Tong et al.: the same path, with noise and data paired within each batch.
 
-    That makes the flow straighter. x0 is reordered and x1 stays, so no picture is lost and labels
-    stay true. With labels y, pairs are formed within each class, or its noise would not be normal.
+    Pairs minimise the total squared distance, which makes the flow straighter. Only x0 is reordered,
+    so labels still match. With labels y, pairing is done per class; otherwise the noise of a class
+    would not be Gaussian.
     """
 
     def pair(self, x0, x1, y=None):
@@ -228,11 +229,11 @@ PATHS = {
 
 class VelocityField:
     """
-    The model of a velocity, the loss that trains it, and the flow along it from noise to data.
+    A velocity model, its training loss, and its sampler.
 
-    v_model            is called as v_model(t=t, x=xt, y=y), and answers with a tensor like xt
-    matcher            a ConditionalFlowMatcher: the paths that it learns from
-    t_mean, t_uniform  the times to train at, see draw_times(); by default all are uniform
+    v_model            is called as v_model(t=t, x=xt, y=y), and returns a tensor shaped like xt
+    matcher            a ConditionalFlowMatcher: the paths to train on
+    t_mean, t_uniform  the distribution of training times, see draw_times(); by default uniform
 
     x0 and x1 are (B, *dim), t is (B,) in [0, 1]. Labels y are long (B,), -1 for none, or None.
     """
@@ -245,7 +246,7 @@ class VelocityField:
         self.t_uniform = t_uniform
 
     def loss(self, x1, y=None, noise=None, u=None):
-        """E |v(t, xt) - ut|^2 for pictures x1 and noise like them. Times t are u, (B,) in [0, 1]."""
+        """E |v(t, xt) - ut|^2 for pictures x1. The noise x0 and times u (B,) are drawn unless given."""
         u = draw_times(len(x1), self.t_mean, self.t_uniform, x1.device) if u is None else u
         t = u.clamp(self.matcher.margin, 1 - self.matcher.margin)
         x0 = self.matcher.sample_noise_like(x1) if noise is None else noise
@@ -253,12 +254,16 @@ class VelocityField:
         return (self.velocity(t, xt, y) - ut).square().mean()
 
     def velocity(self, tau, z, y=None, guidance=1.0, clip=False):
-        """dz / dtau at z (B, *dim) and tau (B,): here x and t. clip is for ddpm.py's."""
+        """v(t, x) at t = tau (B,) and x = z (B, *dim). clip is unused: ddpm.py's velocity needs it."""
         return classifier_free_guidance(self.v_model, tau, z, y, guidance)
 
     @torch.no_grad()
     def sample(self, noise, y=None, steps=100, guidance=1.0):
-        """Euler's method along dx/dt = v(t, x): pictures from noise (B, *dim), in even steps."""
+        """
+        Euler's method along dx/dt = v(t, x): pictures from noise (B, *dim), in steps of equal length.
+
+        It is the simplest sampler. The grids are drawn by a faster one of sample.py.
+        """
         x, dt = noise, 1 / steps
         for i in range(steps):
             t = torch.full((len(x),), i * dt, device=x.device)
@@ -267,11 +272,11 @@ class VelocityField:
 
     def times(self, steps, even=False):
         """
-        The tau, in rising order, from each of which a sampler steps to the next: from 0 to 1.
+        The steps + 1 times of a sampler of sample.py, from 0 (noise) to 1 (data).
 
-        Steps are shorter at the noise, where shapes are decided: tau = u / (2 - u) for even u
-        (Esser et al. 2024, arXiv 2403.03206, section 5.3.2). With even, for samplers that look
-        ahead, tau is even.
+        Steps are shorter near the noise, where shapes are decided: u / (2 - u) of uniform u (Esser
+        et al. 2024, arXiv 2403.03206, section 5.3.2). even=True spaces them uniformly, for samplers
+        that evaluate the velocity ahead: midpoint, heun, rk4.
         """
         if even:
             return [i / steps for i in range(steps + 1)]
@@ -279,12 +284,12 @@ class VelocityField:
 
 
 def build(model, config, device="cpu"):
-    """The method around a model of t in [0, 1], with the options of a run."""
+    """Wrap a model, called with t in [0, 1], in the method that the options of a run describe."""
     matcher = PATHS[config["path"]](config["sigma"])
     return VelocityField(model, matcher, config["t_mean"], config["t_uniform"])
 
 
-FIXED = ["path", "sigma"]                        # options that a run keeps for good
+FIXED = ["path", "sigma"]                        # options that cannot change on resume
 LIMITS = {                                       # what options may be: (least, most), or a choice
     "path": list(PATHS),
     "sigma": (0, math.inf),
@@ -315,9 +320,10 @@ def classifier_free_guidance(model, t, x, y, scale):
 
 def draw_times(n, mean, uniform, device="cpu"):
     """
-    n times in [0, 1]: a share uniform of them is uniform, the others are sigmoids of N(mean, 1).
+    n training times in [0, 1]: a fraction uniform on [0, 1], the rest sigmoid(N(mean, 1)).
 
-    Esser et al. 2024 (arXiv 2403.03206), section 3.1: the middle of the way is hardest to learn.
+    Esser et al. 2024 (arXiv 2403.03206), section 3.1. At both ends the best prediction is little
+    more than a mean: most of what can be learned lies in between.
     """
     k = round(uniform * n)
     flat = torch.rand(k, device=device)
@@ -326,29 +332,29 @@ def draw_times(n, mean, uniform, device="cpu"):
 
 
 def get_lr(it):
-    """The learning rate of iteration it: a warm-up, then a straight line to 0 at max_iters."""
+    """The learning rate of iteration it: linear warm-up times linear decay."""
     lr = learning_rate * min(1, (it + 1) / max(1, warmup_iters))
     return lr * (1 - it / max_iters) if decay_lr else lr
 
 
 def get_batch(pictures, labels):
-    """A random batch: x (B, C, H, W) in [-1, 1], and y (B,), of which a share is hidden, -1."""
+    """A random batch: x (B, C, H, W) in [-1, 1], and y (B,), a fraction of it dropped: -1."""
     device = pictures.device
     i = torch.randint(len(pictures), (batch_size,)).to(device, non_blocking=True)
     x = pictures[i].float() / 127.5 - 1
     if flip:
         mirrored = torch.rand(batch_size, 1, 1, 1, device=device) < 0.5
         x = torch.where(mirrored, x.flip(3), x)
-    hidden = torch.rand(batch_size, device=device) < label_dropout
-    return x, torch.where(hidden, -1, labels[i])
+    dropped = torch.rand(batch_size, device=device) < label_dropout
+    return x, torch.where(dropped, -1, labels[i])
 
 
 def update_average(ema, model, it):
     """
     Move the averaged weights towards the latest.
 
-    Single steps leave noise in the weights, and the average has less of it: it draws better
-    pictures. It is short at first, so as not to remember the weights that training started from.
+    Averaging removes the noise of single steps, and gives better samples. The decay starts low, so
+    that the initial weights are soon forgotten.
     """
     from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -361,13 +367,13 @@ def evaluate(method, x, y, noise, u):
     """
     Mean loss on x (N, C, H, W) with labels y (N,): over all times, then in each quarter of them.
 
-    noise is like x, and u (N,) is where in the quarter. Both stay the same in all evaluations,
-    so that the losses can be compared.
+    u (N,) in [0, 1) places each time within its quarter. It and the noise, like x, are fixed, so
+    that evaluations are comparable.
     """
     torch.manual_seed(seed)
     quarters = []
     for quarter in range(4):
-        times = ((quarter + u) / 4).clamp(max=1 - 2**-24)    # float32 may round it to 1
+        times = ((quarter + u) / 4).clamp(max=1 - 2**-24)    # may round to 1, where paths may end
         batches = zip(*[v.split(batch_size) for v in (x, y, noise, times)])
         total = sum(len(batch[0]) * method.loss(*batch) for batch in batches)
         quarters.append(total.item() / len(x))
@@ -375,7 +381,7 @@ def evaluate(method, x, y, noise, u):
 
 
 def sample_grid(method, noise, y):
-    """Pictures like noise (N, C, H, W), of labels y (N,), by the sampler that the options name."""
+    """Pictures like noise (N, C, H, W), with labels y (N,), drawn as the options say."""
     from sample import draw
 
     batches = zip(noise.split(batch_size), y.split(batch_size))
@@ -408,7 +414,7 @@ if __name__ == "__main__":
     from core.run import Run, load_checkpoint, require_no_run, survive
     from unet import Muon, UNet
 
-    # Options: the defaults, or those of the run that goes on, and over them the command line.
+    # Options: the defaults, or when resuming those of the run, overridden by the command line.
     config, checkpoint = configure(globals(), TRAINING | LIMITS), None
     if init_from == "resume":
         checkpoint = load_checkpoint(Path(out_dir, "ckpt.pt"), METHOD)
@@ -428,7 +434,7 @@ if __name__ == "__main__":
     autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != "float32")
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 
-    # Data: all of it on the device, a byte a value, so that no loader is needed.
+    # Data: all on the device as uint8, so no DataLoader is needed.
     with processes.main_first(), explained(f"--dataset={dataset}: "):
         data = load_data(dataset, data_dir, image_size, conditional, background)
     x_train, y_train, x_val, y_val = [v.to(device) for v in (*data.train, *data.held_out)]
@@ -448,7 +454,7 @@ if __name__ == "__main__":
         optimizer = Muon(model.parameters(), betas=betas)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), betas=betas, fused=True)
-    losses = torch.zeros(2, device=device)           # their sum and number since the last log line
+    losses = torch.zeros(2, device=device)           # sum and count since the last log line
     it = 0
     if checkpoint:
         changed = data.differences(checkpoint["data"])
@@ -470,7 +476,7 @@ if __name__ == "__main__":
         net = torch.nn.parallel.DistributedDataParallel(net)
     trained, averaged = build(net, config, device), build(ema, config, device)
 
-    # What is evaluated, always with the same noise: held-out pictures, and a row for each class.
+    # Evaluation always uses the same held-out pictures and noise. The grid has a row per class.
     fixed = torch.Generator().manual_seed(0)
     x_val, y_val = x_val[:256].float() / 127.5 - 1, y_val[:256]
     noise = torch.randn(x_val.shape, generator=fixed).to(device)
@@ -496,19 +502,20 @@ if __name__ == "__main__":
         for group in optimizer.param_groups:
             group.update(lr=lr, weight_decay=weight_decay)
         for micro in range(gradient_accumulation_steps):
-            # A seed for each batch: a run that is resumed draws what it would have drawn anyway.
+            # One seed per batch: resuming draws the same batches, and n processes draw what one
+            # does with n micro-batches.
             torch.manual_seed(hash((seed, it, micro * world_size + rank)))
             x, y = get_batch(x_train, y_train)
-            if world_size > 1:                       # gradients are exchanged once, with the last
+            if world_size > 1:                       # sync gradients on the last micro-batch only
                 net.require_backward_grad_sync = micro == gradient_accumulation_steps - 1
             with autocast:
                 loss = trained.loss(x, y)
             scaler.scale(loss / gradient_accumulation_steps).backward()
             losses += torch.stack([loss.detach(), torch.ones_like(loss)])
-        scaler.unscale_(optimizer)                   # the norm to clip is that of true gradients
+        scaler.unscale_(optimizer)                   # so that clipping sees the true gradients
         if grad_clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-        scaler.step(optimizer)                       # does nothing if a float16 gradient overflowed
+        scaler.step(optimizer)                       # skipped if a float16 gradient overflowed
         scaler.update()
         optimizer.zero_grad()
         update_average(ema, model, it)
@@ -518,7 +525,7 @@ if __name__ == "__main__":
         logging = it % log_interval == 0 or evaluating
         if not (run.stop_requested() or logging):
             continue
-        loss, speed = run.mean(losses), run.speed(it)    # only here is a GPU waited for
+        loss, speed = run.mean(losses), run.speed(it)    # waits for the GPU, so only now and then
         with autocast:
             held_out = evaluate(averaged, x_val, y_val, noise, u) if evaluating else []
         run.require_finite(it, [loss, *held_out], model)
@@ -532,7 +539,7 @@ if __name__ == "__main__":
                                 model=model.state_dict(), ema=ema.state_dict(),
                                 optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
         if evaluating:
-            with autocast, survive(FloatingPointError, "draw a grid"):    # a dopri5 that is stuck
+            with autocast, survive(FloatingPointError, "draw a grid"):    # dopri5 may fail
                 run.save_grid(it, sample_grid(averaged, grid_noise, grid_labels), held_out)
         run.start_clock(it)
     run.finish(it)

@@ -1,19 +1,20 @@
 """
 Denoising diffusion probabilistic models in one file: Ho et al. 2020 (arXiv 2006.11239).
 
-    python ddpm.py                                             # MNIST, ten epochs; watch out/ddpm
+    python ddpm.py                                             # MNIST, ten epochs, into out/ddpm
     python ddpm.py --n_steps=1000 --batch_size=128             # any option below; --help lists them
     python ddpm.py --dataset=path/to/pictures --image_size=64  # your own, labelled by subfolders
-    python ddpm.py --init_from=resume                          # go on where a run was stopped
+    python ddpm.py --init_from=resume                          # continue a run that was stopped
     torchrun --standalone --nproc_per_node=4 ddpm.py           # on four GPUs
 
 The process q adds noise to a picture in n_steps small steps, until little else is left. The
-process p is learned, and undoes them one by one. The bound on -log p(x0) is, but for its ends, a
-sum of
+process p is learned, and undoes them one by one. The bound on -log p(x0) is, except for its two
+ends, a sum of
     KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)),
-each between Gaussians of fixed variance, hence a squared distance between their means. Up to a
+each between Gaussians of fixed variance, so it is a squared distance between their means. Up to a
 weight, which training drops, that is the squared error of a model that predicts the noise in x_t.
-docs/mathematics.md derives it all.
+docs/mathematics.md derives it all. Files beside this one are imported where they are used, so it
+can be copied alone.
 """
 import copy
 import math
@@ -23,41 +24,41 @@ import torch
 
 # -----------------------------------------------------------------------------
 # output
-eval_interval = 938       # iterations from one evaluation, grid and checkpoint to the next: an epoch
-log_interval = 100        # iterations from one log line to the next
-init_from = "scratch"     # or "resume": continue the run in out_dir, under its own options
-overwrite = False         # let a run from scratch replace the one in out_dir
+eval_interval = 938       # evaluate, draw a grid and save every so many iterations: an epoch of MNIST
+log_interval = 100        # log every so many iterations
+init_from = "scratch"     # or "resume": continue the run in out_dir with its options
+overwrite = False         # replace the run in out_dir
 # data
 dataset = "mnist"         # or fashion_mnist, cifar10, synthetic, a folder of pictures, an .npz file
-data_dir = "data"         # where downloads are kept
-image_size = 0            # side to bring pictures to; 0: as they are
-background = "white"      # colour behind transparent pictures: a name, or #rrggbb
-changed_data = False      # let a resumed run go on with other pictures than it had
+data_dir = "data"         # for downloads, and for what was read from folders
+image_size = 0            # centre-crop and resize pictures to this side; 0: as they are
+background = "white"      # for transparent pictures: a colour's name, or #rrggbb
+changed_data = False      # allow resuming on changed data
 flip = False              # mirror pictures at random: never for digits
-conditional = True        # learn the labels, if there are any; false: unconditional
-label_dropout = 0.02      # share of labels hidden in training, so that guidance is possible
+conditional = True        # class-conditional, if the data has labels
+label_dropout = 0.02      # fraction of labels dropped, which makes guidance possible
 # model, see unet.py
 channels = 24             # width of the first level
-channel_mults = (1, 2)    # width of each level as a multiple of that; each has half the resolution
-n_res_blocks = 1          # residual blocks a level
-attention_levels = (2,)   # levels with attention, from 0; the one after the last is the middle
+channel_mults = (1, 2)    # width of each level, as a multiple; each level halves the resolution
+n_res_blocks = 1          # residual blocks per level
+attention_levels = (2,)   # levels with attention, from 0; here 2, after the last, is the middle block
 dropout = 0.0             # inside the residual blocks
-patch = 2                 # patch x patch pixels become channels first: 2 works at half resolution
+patch = 2                 # fold patch x patch pixels into channels: 2 runs at half the resolution
 # training
-batch_size = 64           # pictures a process takes at a time
-gradient_accumulation_steps = 1  # batches a process takes for one step of the optimizer
+batch_size = 64           # per process; with accumulation, the micro-batch size
+gradient_accumulation_steps = 1  # micro-batches per step of the optimizer
 max_iters = 9380          # steps of the optimizer: ten epochs of MNIST
-muon = True               # Muon for kernels of convolutions, AdamW for the rest; false: AdamW alone
-learning_rate = 6e-3      # the largest, after the warm-up
-warmup_iters = 100        # the rate first rises from 0 in a straight line
-decay_lr = True           # then falls to 0 in a straight line until max_iters; false: stays
+muon = True               # Muon for convolution kernels, AdamW for the rest; false: AdamW for all
+learning_rate = 6e-3      # peak, before the decay
+warmup_iters = 100        # linear warm-up from 0
+decay_lr = True           # linear decay to 0 over the whole run; false: constant after the warm-up
 weight_decay = 0.01       # decoupled, as in AdamW
-adam_beta2 = 0.99         # decay of AdamW's second moment; Kingma & Ba have 0.999
-grad_clip = 1.0           # largest norm of the gradient; 0: any
-ema_decay = 0.999         # of the averaged weights, used for sampling; rises to this from 0.1
+adam_beta2 = 0.99         # of AdamW's second moment; the textbook's is 0.999
+grad_clip = 1.0           # clip the gradient's norm; 0: no clipping
+ema_decay = 0.999         # of the averaged weights that are used for sampling; starts at 0.1
 # machine
-device = "auto"           # cuda, cuda:1, mps or cpu; auto: the first of them that is there
-dtype = "auto"            # float32, bfloat16 or float16; auto: on CUDA bfloat16 if the card has it
+device = "auto"           # cuda, cuda:1, mps or cpu; auto: the first that is available
+dtype = "auto"            # float32, bfloat16 or float16; auto: on CUDA bfloat16, or float16 without
 compile = "auto"          # torch.compile: true or false; auto: on CUDA
 seed = 1337               # every draw is a function of seed, iteration and micro-batch
 # the method, and the grids drawn with it
@@ -67,11 +68,11 @@ schedule = "cosine"       # of the noise: cosine is Nichol & Dhariwal's, linear 
 prediction = "v"          # what the model predicts: eps as in Ho et al., x0, or v, a mix of both
 weighting = "simple"      # of the squared error: all alike; min_snr: in x0, by min(snr, 5)
 variance = "fixedlarge"   # of p: beta; fixedsmall: beta~, that of q(x_{t-1} | x_t, x_0)
-t_mean = 0.4              # training times are sigmoids of normal draws of this mean: 1 is noise
-t_uniform = 0.1           # but this share of a batch has uniform ones
+t_mean = 0.4              # training times t / T are sigmoid(N(t_mean, 1)); 1 is noise
+t_uniform = 0.1           # fraction of each batch with uniform times instead
 sampler = "dpm++"         # or ancestral, ddim, euler, midpoint, heun, rk4, dopri5: see sample.py
 sample_steps = 5          # at most n_steps; ancestral takes all, dopri5 as many as it needs
-guidance = 1.0            # 1: the conditional model; 0: the unconditional; above: exaggerated labels
+guidance = 1.0            # guidance scale: 0 unconditional, 1 conditional, above 1 stronger
 # -----------------------------------------------------------------------------
 METHOD = "ddpm"
 
@@ -109,12 +110,12 @@ class DenoiseDiffusion:
     """
     The noising process q, its reversal p, and the loss that trains p.
 
-    eps_model             is called as eps_model(t=t, x=xt, y=y), and answers with a tensor like xt
+    eps_model             is called as eps_model(t=t, x=xt, y=y), returns a tensor shaped like xt
     n_steps               T, at least 2
     schedule, prediction  names in SCHEDULES and PREDICTIONS: of the noise, and of the answer
     weighting             "simple", or "min_snr" of Hang et al. 2023 (arXiv 2303.09556)
     variance              of p: "fixedlarge" for beta, "fixedsmall" for beta~
-    t_mean, t_uniform     the times to train at, see draw_times(); by default all are uniform
+    t_mean, t_uniform     the distribution of training times, see draw_times(); default uniform
     unit_time             eps_model takes t / T, as unet.py does, and not t
 
     Throughout, x0, xt and eps are (B, *dim), with x0 in [-1, 1]. Times t are long (B,) in [0, T):
@@ -274,12 +275,12 @@ class DenoiseDiffusion:
 
     def times(self, steps, even=False):
         """
-        The tau, in rising order, from each of which a sampler steps to the next; at most T steps.
+        The times tau of a sampler of sample.py, from the noise to 1 (data): at most T steps.
 
-        Steps are shorter at the noise, where shapes are decided: tau = u / (2 - u) for even u
-        (Esser et al. 2024, arXiv 2403.03206, section 5.3.2), or rather the next t with more noise,
-        each t once. The last step is to tau = 1, as there is no t without noise. With even, for
-        samplers that look ahead, t is even, and the last tau is that of t = 0.
+        Steps are shorter near the noise, where shapes are decided: u / (2 - u) of uniform u (Esser
+        et al. 2024, arXiv 2403.03206, section 5.3.2), rounded to the next noisier t, each t once.
+        even=True spaces them uniformly in t, for samplers that evaluate the velocity ahead:
+        midpoint, heun, rk4. They then end at t = 0, the least noise that the model knows.
         """
         T, steps = self.n_steps, min(steps, self.n_steps)
         if even:
@@ -295,13 +296,13 @@ class DenoiseDiffusion:
 
 
 def build(model, config, device="cpu"):
-    """The method around a model of t in [0, 1], with the options of a run."""
+    """Wrap a model, called with t in [0, 1], in the method that the options of a run describe."""
     names = ["n_steps", "schedule", "prediction", "weighting", "variance", "t_mean", "t_uniform"]
     options = {name: config[name] for name in names}
     return DenoiseDiffusion(model, device=device, unit_time=True, **options)
 
 
-FIXED = ["n_steps", "schedule", "prediction"]    # options that a run keeps for good
+FIXED = ["n_steps", "schedule", "prediction"]    # options that cannot change on resume
 LIMITS = {                                       # what options may be: (least, most), or a choice
     "n_steps": (2, math.inf),
     "schedule": list(SCHEDULES),
@@ -335,9 +336,10 @@ def classifier_free_guidance(model, t, x, y, scale):
 
 def draw_times(n, mean, uniform, device="cpu"):
     """
-    n times in [0, 1]: a share uniform of them is uniform, the others are sigmoids of N(mean, 1).
+    n training times in [0, 1]: a fraction uniform on [0, 1], the rest sigmoid(N(mean, 1)).
 
-    Esser et al. 2024 (arXiv 2403.03206), section 3.1: the middle of the way is hardest to learn.
+    Esser et al. 2024 (arXiv 2403.03206), section 3.1. At both ends the best prediction is little
+    more than a mean: most of what can be learned lies in between.
     """
     k = round(uniform * n)
     flat = torch.rand(k, device=device)
@@ -346,29 +348,29 @@ def draw_times(n, mean, uniform, device="cpu"):
 
 
 def get_lr(it):
-    """The learning rate of iteration it: a warm-up, then a straight line to 0 at max_iters."""
+    """The learning rate of iteration it: linear warm-up times linear decay."""
     lr = learning_rate * min(1, (it + 1) / max(1, warmup_iters))
     return lr * (1 - it / max_iters) if decay_lr else lr
 
 
 def get_batch(pictures, labels):
-    """A random batch: x (B, C, H, W) in [-1, 1], and y (B,), of which a share is hidden, -1."""
+    """A random batch: x (B, C, H, W) in [-1, 1], and y (B,), a fraction of it dropped: -1."""
     device = pictures.device
     i = torch.randint(len(pictures), (batch_size,)).to(device, non_blocking=True)
     x = pictures[i].float() / 127.5 - 1
     if flip:
         mirrored = torch.rand(batch_size, 1, 1, 1, device=device) < 0.5
         x = torch.where(mirrored, x.flip(3), x)
-    hidden = torch.rand(batch_size, device=device) < label_dropout
-    return x, torch.where(hidden, -1, labels[i])
+    dropped = torch.rand(batch_size, device=device) < label_dropout
+    return x, torch.where(dropped, -1, labels[i])
 
 
 def update_average(ema, model, it):
     """
     Move the averaged weights towards the latest.
 
-    Single steps leave noise in the weights, and the average has less of it: it draws better
-    pictures. It is short at first, so as not to remember the weights that training started from.
+    Averaging removes the noise of single steps, and gives better samples. The decay starts low, so
+    that the initial weights are soon forgotten.
     """
     from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -381,13 +383,13 @@ def evaluate(method, x, y, noise, u):
     """
     Mean loss on x (N, C, H, W) with labels y (N,): over all times, then in each quarter of them.
 
-    noise is like x, and u (N,) is where in the quarter. Both stay the same in all evaluations,
-    so that the losses can be compared.
+    u (N,) in [0, 1) places each time within its quarter. It and the noise, like x, are fixed, so
+    that evaluations are comparable.
     """
     torch.manual_seed(seed)
     quarters = []
     for quarter in range(4):
-        times = ((quarter + u) / 4).clamp(max=1 - 2**-24)    # float32 may round it to 1
+        times = ((quarter + u) / 4).clamp(max=1 - 2**-24)    # may round to 1, where paths may end
         batches = zip(*[v.split(batch_size) for v in (x, y, noise, times)])
         total = sum(len(batch[0]) * method.loss(*batch) for batch in batches)
         quarters.append(total.item() / len(x))
@@ -395,7 +397,7 @@ def evaluate(method, x, y, noise, u):
 
 
 def sample_grid(method, noise, y):
-    """Pictures like noise (N, C, H, W), of labels y (N,), by the sampler that the options name."""
+    """Pictures like noise (N, C, H, W), with labels y (N,), drawn as the options say."""
     from sample import draw
 
     batches = zip(noise.split(batch_size), y.split(batch_size))
@@ -428,7 +430,7 @@ if __name__ == "__main__":
     from core.run import Run, load_checkpoint, require_no_run, survive
     from unet import Muon, UNet
 
-    # Options: the defaults, or those of the run that goes on, and over them the command line.
+    # Options: the defaults, or when resuming those of the run, overridden by the command line.
     config, checkpoint = configure(globals(), TRAINING | LIMITS), None
     if init_from == "resume":
         checkpoint = load_checkpoint(Path(out_dir, "ckpt.pt"), METHOD)
@@ -448,7 +450,7 @@ if __name__ == "__main__":
     autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != "float32")
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 
-    # Data: all of it on the device, a byte a value, so that no loader is needed.
+    # Data: all on the device as uint8, so no DataLoader is needed.
     with processes.main_first(), explained(f"--dataset={dataset}: "):
         data = load_data(dataset, data_dir, image_size, conditional, background)
     x_train, y_train, x_val, y_val = [v.to(device) for v in (*data.train, *data.held_out)]
@@ -468,7 +470,7 @@ if __name__ == "__main__":
         optimizer = Muon(model.parameters(), betas=betas)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), betas=betas, fused=True)
-    losses = torch.zeros(2, device=device)           # their sum and number since the last log line
+    losses = torch.zeros(2, device=device)           # sum and count since the last log line
     it = 0
     if checkpoint:
         changed = data.differences(checkpoint["data"])
@@ -490,7 +492,7 @@ if __name__ == "__main__":
         net = torch.nn.parallel.DistributedDataParallel(net)
     trained, averaged = build(net, config, device), build(ema, config, device)
 
-    # What is evaluated, always with the same noise: held-out pictures, and a row for each class.
+    # Evaluation always uses the same held-out pictures and noise. The grid has a row per class.
     fixed = torch.Generator().manual_seed(0)
     x_val, y_val = x_val[:256].float() / 127.5 - 1, y_val[:256]
     noise = torch.randn(x_val.shape, generator=fixed).to(device)
@@ -516,19 +518,20 @@ if __name__ == "__main__":
         for group in optimizer.param_groups:
             group.update(lr=lr, weight_decay=weight_decay)
         for micro in range(gradient_accumulation_steps):
-            # A seed for each batch: a run that is resumed draws what it would have drawn anyway.
+            # One seed per batch: resuming draws the same batches, and n processes draw what one
+            # does with n micro-batches.
             torch.manual_seed(hash((seed, it, micro * world_size + rank)))
             x, y = get_batch(x_train, y_train)
-            if world_size > 1:                       # gradients are exchanged once, with the last
+            if world_size > 1:                       # sync gradients on the last micro-batch only
                 net.require_backward_grad_sync = micro == gradient_accumulation_steps - 1
             with autocast:
                 loss = trained.loss(x, y)
             scaler.scale(loss / gradient_accumulation_steps).backward()
             losses += torch.stack([loss.detach(), torch.ones_like(loss)])
-        scaler.unscale_(optimizer)                   # the norm to clip is that of true gradients
+        scaler.unscale_(optimizer)                   # so that clipping sees the true gradients
         if grad_clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-        scaler.step(optimizer)                       # does nothing if a float16 gradient overflowed
+        scaler.step(optimizer)                       # skipped if a float16 gradient overflowed
         scaler.update()
         optimizer.zero_grad()
         update_average(ema, model, it)
@@ -538,7 +541,7 @@ if __name__ == "__main__":
         logging = it % log_interval == 0 or evaluating
         if not (run.stop_requested() or logging):
             continue
-        loss, speed = run.mean(losses), run.speed(it)    # only here is a GPU waited for
+        loss, speed = run.mean(losses), run.speed(it)    # waits for the GPU, so only now and then
         with autocast:
             held_out = evaluate(averaged, x_val, y_val, noise, u) if evaluating else []
         run.require_finite(it, [loss, *held_out], model)
@@ -552,7 +555,7 @@ if __name__ == "__main__":
                                 model=model.state_dict(), ema=ema.state_dict(),
                                 optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
         if evaluating:
-            with autocast, survive(FloatingPointError, "draw a grid"):    # a dopri5 that is stuck
+            with autocast, survive(FloatingPointError, "draw a grid"):    # dopri5 may fail
                 run.save_grid(it, sample_grid(averaged, grid_noise, grid_labels), held_out)
         run.start_clock(it)
     run.finish(it)

