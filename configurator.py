@@ -146,6 +146,10 @@ class Options:
 
 def literal(node):
     """The value of a literal, or of arithmetic with numbers such as 5 * 8."""
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        value = literal(node.operand)
+        if type(value) in (int, float):
+            return -value
     if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
         left, right = literal(node.left), literal(node.right)
         if {type(left), type(right)} <= {int, float}:

@@ -22,6 +22,7 @@ def bench(program, *args, cwd):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["quality", "samplers", "speed", "peers", "toy2d"])
 def test_help_is_the_docstring(program, tmp_path):
     """The options follow, if the program has any of its own."""
@@ -34,6 +35,7 @@ def test_help_is_the_docstring(program, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_toy2d(tmp_path):
     for peer in ("scipy", "ot", "matplotlib"):
         pytest.importorskip(peer, reason="bench/requirements.txt is not installed")
@@ -93,6 +95,7 @@ def test_coverage_by_hand():
     assert coverage(real, torch.tensor([[0.0]]).double()) == 4 / 100          # 0, 1, 2, 3
 
 
+@pytest.mark.slow
 def test_the_judge_learns_and_tells_good_pictures_from_bad():
     """Of flowers instead of digits, for MNIST would have to be downloaded."""
     from quality import frechet, look, train, verdict
@@ -113,6 +116,7 @@ def test_the_judge_learns_and_tells_good_pictures_from_bad():
     assert good[0] == frechet(look(judge, x[:1000])[0], real)
 
 
+@pytest.mark.slow
 def test_quality_refuses_other_files_in_one_line(tmp_path):
     np.savez(tmp_path / "wide.npz", np.zeros((4, 28, 30, 1), np.uint8))
     (tmp_path / "text.npz").write_text("text")
@@ -124,6 +128,7 @@ def test_quality_refuses_other_files_in_one_line(tmp_path):
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "args, message", [(["--peers=torchcfn"], "there is no 'torchcfn'"), (["--minutes=0"], "--minutes")]
 )
@@ -133,6 +138,7 @@ def test_peers_refuses_in_one_line(args, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_speed(tmp_path):
     small = "--channels=8", "--batch_size=4", "--sample_steps=2", "--device=cpu"
     done = bench("speed.py", "ddpm", *small, cwd=tmp_path)
@@ -149,6 +155,7 @@ def test_speed(tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cfm or ddpm" in done.stderr
 
 
+@pytest.mark.slow
 def test_speed_refuses_what_the_script_refuses(tmp_path):
     done = bench("speed.py", "cfm", "--path=vp", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
@@ -217,6 +224,7 @@ def test_samplers_take_as_many_steps_as_the_evaluations_suffice_for(name):
             assert evaluations(sampler, steps + 1) > most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cfm", "ddpm"])
 def test_samplers_counts_evaluations_for_each_batch(name, monkeypatch):
     import samplers

@@ -150,7 +150,8 @@ def test_a_photograph_is_turned_as_its_exif_says(tmp_path):
 
 def test_floating_point_pixels_are_refused_by_name(tmp_path):
     Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "a.tif")
-    with pytest.raises(ValueError, match="repair or remove them: .*a.tif .its pixels are floating-point"):
+    message = "repair or remove them: .*a.tif .its pixels are floating-point"
+    with pytest.raises(ValueError, match=message):
         load_data(str(tmp_path), tmp_path / "kept")
 
 
