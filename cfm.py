@@ -397,7 +397,7 @@ def check_options(config):
     with explained():
         trial = build(UNet(**{name: config[name] for name in ARCHITECTURE}), config)
         check_sampler(sampler, trial)
-        trial.loss(torch.zeros(2, 1, 8, 8))          # of two grey pictures
+        trial.loss(torch.zeros(2, 1, 8, 8))          # fails here if it would fail in training
     if guidance != 1 and not conditional:
         fail(f"--guidance={guidance}: without labels there is nothing to be guided by")
     if guidance != 1 and not label_dropout:

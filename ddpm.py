@@ -122,7 +122,7 @@ class DenoiseDiffusion:
     t = 0 is the paper's t = 1. Labels y are long (B,), -1 for none, or None. The defaults are the
     paper's, those of the script are not. Raises ValueError for unknown options.
     """
-    straight = True       # as a flow, see velocity(), it goes from noise to data in a straight line
+    straight = True       # z = tau x0 + (1 - tau) eps is on a line, so velocity() implies both
 
     def __init__(self, eps_model, n_steps=1000, device="cpu", schedule="linear",
                  prediction="eps", weighting="simple", variance="fixedlarge",
@@ -157,7 +157,7 @@ class DenoiseDiffusion:
 
         # q(x_{t-1} | x_t, x_0), eq. 7: its variance, and its mean in x0 and xt, or in xt and eps
         beta_tilde = beta * (1 - alpha_bar_before) / (1 - alpha_bar)
-        beta_tilde[0] = beta_tilde[1]                       # not 0: the bound takes its logarithm
+        beta_tilde[0] = beta_tilde[1]                       # not 0: L_0 of the bound divides by its root
         self.beta_tilde = table(beta_tilde)
         self.x0_coef = table(alpha_bar_before.sqrt() * beta / (1 - alpha_bar))
         self.xt_coef = table(alpha.sqrt() * (1 - alpha_bar_before) / (1 - alpha_bar))
@@ -413,7 +413,7 @@ def check_options(config):
     with explained():
         trial = build(UNet(**{name: config[name] for name in ARCHITECTURE}), config)
         check_sampler(sampler, trial)
-        trial.loss(torch.zeros(2, 1, 8, 8))          # of two grey pictures
+        trial.loss(torch.zeros(2, 1, 8, 8))          # fails here if it would fail in training
     if guidance != 1 and not conditional:
         fail(f"--guidance={guidance}: without labels there is nothing to be guided by")
     if guidance != 1 and not label_dropout:

@@ -9,10 +9,10 @@ Draw pictures with a checkpoint of ddpm.py or cfm.py, or measure how likely real
     python sample.py --out_dir=out/ddpm --task=likelihood --n_samples=200    # bits/dim of real ones
 
 A sampler is a function of a velocity v(tau, z), of noise z, and of the times taus between which it
-steps. A point on the straight line from noise to data is z = tau data + (1 - tau) noise, and its
-velocity is E[data - noise | z]: cfm.py learns it, and ddpm.py's model knows it in other words. It
-contains predictions of the data, z + (1 - tau) v, and of the noise, z - tau v. On a curved path of
-cfm.py v is a velocity and nothing else, so samplers that need predictions do not go with it.
+steps. On the straight path z = tau data + (1 - tau) noise, the velocity is v = E[data - noise | z].
+cfm.py learns it; ddpm.py computes it from its prediction. It gives predictions of the data,
+z + (1 - tau) v, and of the noise, z - tau v. On cfm.py's curved paths it does not, so ddim and dpm++
+cannot be used there.
 
 The same seed gives the same pictures, whatever the batch_size, up to rounding.
 """
@@ -29,19 +29,19 @@ task = "draw"             # or interpolate: each row leads from one noise to ano
 #                           reconstruct: held-out pictures to noise and back;
 #                           likelihood: bits/dim of held-out pictures
 n_samples = 100           # pictures to draw, or held-out pictures to take
-save = "auto"             # x.png: a grid; x.gif: the grid as it forms; x.npz: arr_0, uint8
+save = "auto"             # x.png: a grid; x.gif: a frame per evaluation; x.npz: arr_0, uint8
 #                           (N, H, W, C), and arr_1, labels (N,); x: a folder of PNGs;
 #                           auto: a grid in out_dir
 sampler = "auto"          # euler, midpoint, heun, rk4, dopri5, ddim, dpm++ or ancestral; auto: that
 #                           of the run's grids, but rk4 to reconstruct, dopri5 for a likelihood
-steps = 0                 # 0: as many as the run's grids have, but 20 to reconstruct; ancestral
-#                           takes all there are, dopri5 as many as it needs
-eta = 0.0                 # noise in a step of ddim: from 0, none, to 1, as in ancestral sampling
-clip = True               # keep predicted pictures in [-1, 1], where a sampler predicts any
+steps = 0                 # 0: as many as the run's grids have, but 20 to reconstruct and for a
+#                           likelihood; ancestral takes all, dopri5 as many as it needs
+eta = 0.0                 # noise in a step of ddim: from 0, none, to 1, as ancestral with fixedsmall
+clip = True               # clip predictions of the data to [-1, 1]; with cfm only ddim and dpm++ make any
 atol = 1e-4               # the error that dopri5 allows in a step: absolute,
 rtol = 1e-4               # and relative
 exact = False             # likelihood of cfm: exact, for tiny pictures; false: an estimate
-guidance = 1.0            # 1: the conditional model; 0: the unconditional; above: exaggerated labels
+guidance = 1.0            # guidance scale: 0 unconditional, 1 conditional, above 1 stronger
 guidance_interval = (0.0, 1.0)  # where guidance acts, from 0, the noise, to 1, the data
 labels = ""               # the classes to draw, in turn: 3 or 3,1,4 or cat,dog; "": all of them
 dataset = ""              # where the run's data are now, if they have moved since
@@ -201,7 +201,7 @@ SAMPLERS = {"euler": euler, "midpoint": midpoint, "heun": heun, "rk4": rk4, "dop
             "ddim": ddim, "dpm++": dpm_solver}
 STRAIGHT = ["ddim", "dpm++"]                                 # need predictions, so a straight path
 LOOK_AHEAD = ["midpoint", "heun", "rk4", "dopri5"]           # want steps of even length
-REVERSIBLE = ["euler", "midpoint", "heun", "rk4", "dopri5"]
+REVERSIBLE = ["euler", *LOOK_AHEAD]
 
 
 def check_sampler(sampler, method):
@@ -240,8 +240,8 @@ def draw(method, noise, y=None, sampler="dpm++", steps=5, guidance=1.0, clip=Tru
     """
     Pictures (B, *dim), in about [-1, 1], from noise (B, *dim) and labels y (B,) or None.
 
-    A step of midpoint and heun takes 2 evaluations of the model, of rk4 4, of the others 1. options
-    are the sampler's own: eta, randn, atol, rtol. ValueError if the sampler does not fit the path.
+    A step of midpoint and heun takes 2 evaluations of the model, of rk4 4, of dopri5 6, of the others
+    1. options are the sampler's own: eta, randn, atol, rtol. ValueError if the sampler does not fit.
     """
     check_sampler(sampler, method)
     if tuple(interval) != (0, 1) and sampler in ("ancestral", "dopri5"):
@@ -375,6 +375,11 @@ def check_request(config, is_ddpm, num_classes, auto):
     from configurator import fail
 
     real = task in ("reconstruct", "likelihood")
+    if task == "likelihood" and is_ddpm and (not auto or steps):
+        fail("--task=likelihood of ddpm is the bound, over all its steps: "
+             "leave out --sampler and --steps")
+    if task == "interpolate" and (sampler == "ancestral" or eta):
+        fail("--task=interpolate needs a sampler that adds no noise: add --sampler=ddim --eta=0")
     if real and sampler not in REVERSIBLE:
         fail(f"--sampler={sampler} cannot be run backwards, choose {' or '.join(REVERSIBLE)}")
     if sampler == "ancestral" and steps not in (0, config["n_steps"]):
@@ -387,9 +392,6 @@ def check_request(config, is_ddpm, num_classes, auto):
     if eta and not is_ddpm and (config["path"] != "icfm" or config["sigma"]):
         fail(f"--eta={eta}: the noise to renew is independent of the data only for --path=icfm "
              "and --sigma=0")
-    if task == "likelihood" and is_ddpm and (not auto or steps):
-        fail("--task=likelihood of ddpm is the bound, over all its steps: "
-             "leave out --sampler and --steps")
     if sampler == "dopri5" and steps:
         fail(f"--steps={steps}: dopri5 takes as many as --atol and --rtol need")
     if task == "likelihood" and save != "auto":
@@ -405,7 +407,7 @@ def check_request(config, is_ddpm, num_classes, auto):
              "so it has nothing to be guided by")
     if guidance != 1 and not config["label_dropout"]:
         fail(f"--guidance={guidance}: the model was trained with --label_dropout=0, "
-             "so it knows no picture without a label")
+             "so it knows no picture without a label to guide with")
     if len(guidance_interval) != 2 or guidance_interval[0] > guidance_interval[1]:
         fail(f"--guidance_interval={guidance_interval}: must be two times, such as 0.2,0.8")
     if guidance_interval != (0, 1) and (guidance == 1 or sampler in ("dopri5", "ancestral")):
@@ -521,7 +523,7 @@ if __name__ == "__main__":
     wanted_classes(classes)
     with explained():
         check_sampler(sampler, script.build(None, config))
-    steps = steps or (20 if real else min(config["sample_steps"], config.get("n_steps", math.inf)))
+    steps = steps or min(20 if real else config["sample_steps"], config.get("n_steps", math.inf))
     device, _, _ = choose_machine(device)
     if real or sampler == "dopri5":                          # their errors are smaller than TF32's
         torch.backends.cudnn.allow_tf32 = False
@@ -587,8 +589,8 @@ if __name__ == "__main__":
             if by_bound:
                 bits.append(torch.stack(bound(method, x / 127.5 - 1, label, draws.randn)))
             elif task == "likelihood":
-                # Levels are spread over their width, 1 / 127.5. The log-probability of a level is at
-                # least the mean of the log-density there, less log(127.5).
+                # Dequantisation: with u uniform over the width of a level, 1 / 127.5, log P(level) is
+                # at least E log p(x + u) - D log(127.5).
                 spread = (x + draws.rand() - 0.5) / 127.5 - 1
                 probe = None if exact else draws.randn().sign()
                 nats = log_likelihood(method, spread, label, sampler, steps, probe, **options)

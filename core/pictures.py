@@ -10,7 +10,7 @@ import re
 import sys
 import time
 import zlib
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,7 +26,7 @@ class Data:
     """
     Pictures and labels, (x, y) to train on and (x, y) held out, and the names of the classes.
 
-    The checksum is that of all pictures and labels, in any order.
+    The checksum of all pictures and labels does not depend on their order.
     """
 
     def __init__(self, train, held_out, classes, checksum):
@@ -64,8 +64,8 @@ class Data:
 
 class Splitter:
     """
-    Puts pictures one by one into an array for n of them: those to train on from the front, those held
-    out from the back. A picture's own checksum decides, so that others that come or go move none.
+    Pictures to train on fill an array for n of them from the front, held-out ones from the back.
+    A picture's own checksum decides, so that adding or removing others never moves it.
     """
 
     def __init__(self, n):
@@ -79,9 +79,10 @@ class Splitter:
         self.checksum += zlib.crc32(f"{crc} {name}".encode())
         if crc % 10 == 0:
             self.back -= 1
+            i = self.back
         else:
+            i = self.front
             self.front += 1
-        i = self.back if crc % 10 == 0 else self.front - 1
         self.labels[i] = label
         return i
 
@@ -91,7 +92,9 @@ class Splitter:
 
 
 def split(x, labels, n_train, classes, checksum):
-    if len(x) < 10 or n_train in (0, len(x)):                # too few or all alike
+    """The Data of pictures x, of which the first n_train are to train on."""
+    if len(x) < 10 or n_train in (0, len(x)):
+        say("too few pictures to hold any out: evaluating on those that are trained on")
         train = held_out = slice(None)
     else:
         train, held_out = slice(n_train), slice(n_train, None)
@@ -140,15 +143,16 @@ def decode(path, size, ground, shift=None):
     """
     The picture as uint8 (C, H, W), C being 3, its middle square brought to size unless that is 0.
 
-    Of a picture with more than 8 bits a value, of which shift are too many: if that is not known, only
-    the largest value is returned.
+    Values of more than 8 bits are shifted down by so many bits. Where the shift is not known yet,
+    only the largest value is returned.
     """
     with Image.open(path) as picture:
         if size:
             picture.draft("RGB", (2 * size, 2 * size))       # has JPEGs decoded no larger than needed
         picture = ImageOps.exif_transpose(picture)
         if picture.mode == "F":
-            raise ValueError("its pixels are floating-point numbers, of which none need be white")
+            raise ValueError("its pixels are floating-point numbers of unknown range: "
+                             "convert it to 8 or 16 bits")
         if picture.mode.startswith("I"):
             values = np.asarray(picture)
             if shift is None:
@@ -176,15 +180,15 @@ def decode_all(files, size, ground, shift=None):
         except Exception as e:                               # PIL raises many kinds
             return e
 
-    workers, pending, unreadable = os.cpu_count(), deque(), []
-    start = told = time.monotonic()
-    with ThreadPoolExecutor(workers) as pool:                # threads will do: PIL works outside the GIL
-        for i, path in enumerate([*files, *[None] * 8 * workers], -8 * workers):
-            if path is not None:
-                pending.append(pool.submit(attempt, path))   # some pictures ahead, not all
-            if i < 0 or not pending:
-                continue
+    ahead = 8 * os.cpu_count()                               # pictures decoded in advance: few
+    unreadable, start = [], time.monotonic()
+    told = start
+    with ThreadPoolExecutor(os.cpu_count()) as pool:         # threads suffice: PIL releases the GIL
+        pending = deque(pool.submit(attempt, path) for path in files[:ahead])
+        for i in range(len(files)):
             found = pending.popleft().result()
+            if i + ahead < len(files):
+                pending.append(pool.submit(attempt, files[i + ahead]))
             if isinstance(found, Exception):
                 unreadable.append(f"{files[i]} ({found})")
             elif not unreadable:                             # else look only for more of those
@@ -210,14 +214,15 @@ def bits_too_many(values):
 
 
 def say_if_one_level_off(folder, files):
-    """Are the classes one level further down, as in train/cat, train/dog, test/cat and test/dog?"""
-    below = {}
-    for parts in (p.relative_to(folder).parts for p in files):
-        below.setdefault(parts[0] if len(parts) > 1 else "", set()).add(parts[1] if len(parts) > 2 else "")
-    first, *others = below.items()
-    if len(first[1]) > 1 and "" not in first[1] and all(names == first[1] for _, names in others):
-        say(f"the classes are {', '.join(below)}: if you mean {', '.join(sorted(first[1], key=natural)[:5])}, "
-            f"use --dataset={folder / first[0]}")
+    """A hint if the classes seem to be one level down, as in train/cat, train/dog and test/cat."""
+    below = defaultdict(set)                                 # each class's own subfolders, "" for none
+    for path in files:
+        top, inner, *_ = *path.relative_to(folder).parts[:-1], "", ""
+        below[top].add(inner)
+    (top, inner), *others = below.items()
+    if len(inner) > 1 and "" not in inner and all(names == inner for _, names in others):
+        names = ", ".join(sorted(inner, key=natural)[:5])
+        say(f"the classes are {', '.join(below)}: if you mean {names}, use --dataset={folder / top}")
 
 
 def load_folder(folder, data_dir, size, ground):
@@ -227,7 +232,7 @@ def load_folder(folder, data_dir, size, ground):
     if passed_over:
         say("passed over: " + ", ".join(f"{n} {what}" for what, n in sorted(passed_over.items())))
     if not files:
-        raise ValueError("no pictures there")
+        raise ValueError("no pictures there, such as .png or .jpg")
     stamps = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     stamp = hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
     place = hashlib.sha256(repr((str(folder.resolve()), size, ground)).encode()).hexdigest()[:16]

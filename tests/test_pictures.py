@@ -126,6 +126,8 @@ def test_a_folder_level_too_many_is_noticed(tops, tmp_path, monkeypatch, capsys)
 
 
 def test_nothing_is_said_where_the_level_is_right(pets, capsys):
+    load(pets)
+    assert "if you mean" not in capsys.readouterr().out
     picture(pets / "cat" / "tabby" / "1.png", (255, 255, 255))
     load(pets)
     assert "if you mean" not in capsys.readouterr().out

@@ -40,12 +40,17 @@ METHODS = {
 def drawn(method, steps, sampler):
     """
     From NOISE; of ddpm dpm++ with steps even in t, for at their own, on whole t, lambda is not
-    smooth.
+    smooth, and heun with steps even in tau, for its last, Euler's, is too long in tau if even in t.
     """
-    if sampler != "dpm++" or isinstance(method, VelocityField):
+    if sampler not in ("dpm++", "heun") or isinstance(method, VelocityField):
         return draw(method, NOISE, sampler=sampler, steps=steps, clip=False)
-    taus = [*method.times(steps, even=True), 1.0]
-    return dpm_solver(flow(method), NOISE * math.hypot(taus[0], 1 - taus[0]), taus, clip=False)
+    taus = method.times(steps, even=True)
+    z = NOISE * math.hypot(taus[0], 1 - taus[0])
+    if sampler == "dpm++":
+        return dpm_solver(flow(method), z, [*taus, 1.0], clip=False)
+    even = torch.linspace(taus[0], taus[-1], steps).tolist()
+    z = heun(flow(method), z, [*even[:-1], taus[-1]])
+    return euler(flow(method), z, [taus[-1], 1.0])
 
 
 @pytest.mark.parametrize("name", METHODS)
