@@ -411,7 +411,8 @@ if __name__ == "__main__":
     from configurator import TRAINING, configure, explained, fail, resume
     from core.data import load_data
     from core.machine import choose_machine, describe_model, init_distributed
-    from core.run import Run, load_checkpoint, require_no_run, survive
+    from core.run import (Run, load_checkpoint, require_no_run, require_same_data, restore,
+                          survive)
     from unet import Muon, UNet
 
     # Options: the defaults, or when resuming those of the run, overridden by the command line.
@@ -457,19 +458,9 @@ if __name__ == "__main__":
     losses = torch.zeros(2, device=device)           # sum and count since the last log line
     it = 0
     if checkpoint:
-        changed = data.differences(checkpoint["data"])
-        if checkpoint["model_args"] != model_args:
-            fail(f"--dataset={dataset} does not fit the model in {out_dir} ({changed})")
-        if changed and not changed_data:
-            fail(f"--dataset={dataset} is not what the run in {out_dir} was trained on ({changed}): "
-                 "give the path to that, or go on with this by --changed_data")
-        with explained(f"{out_dir}/ckpt.pt is of another version of this program: "):
-            model.load_state_dict(checkpoint["model"])
-            ema.load_state_dict(checkpoint["ema"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            if checkpoint["scaler"]:                 # empty unless the run was in float16
-                scaler.load_state_dict(checkpoint["scaler"])
-            losses += checkpoint["losses"].to(device)
+        require_same_data(checkpoint, dataset, data, model_args, changed_data)
+        restore(checkpoint, model=model, ema=ema, optimizer=optimizer, scaler=scaler)
+        losses += checkpoint["losses"].to(device)
         it = checkpoint["iteration"]
     net = torch.compile(model) if compile else model
     if world_size > 1:

@@ -112,6 +112,25 @@ def load_checkpoint(path, method=None):
     return checkpoint
 
 
+def require_same_data(checkpoint, dataset, data, model_args, changed_data):
+    """Calls fail() if the data, or a model for them, are not those of the run; changed_data allows that."""
+    changed = data.differences(checkpoint["data"])
+    if checkpoint["model_args"] != model_args:
+        fail(f"--dataset={dataset} does not fit the model of the run ({changed or 'of other options'}): "
+             "give the run's own data, or start a new run in another --out_dir")
+    if changed and not changed_data:
+        fail(f"--dataset={dataset} is not what the run was trained on ({changed}): "
+             "give the path to that, or go on with this by --changed_data")
+
+
+def restore(checkpoint, **parts):
+    """Load the state of each part, such as model=model, from the checkpoint's entry of that name."""
+    with explained("the checkpoint is of another version of this program: "):
+        for name, part in parts.items():
+            if name != "scaler" or checkpoint[name]:  # a scaler's is empty without float16
+                part.load_state_dict(checkpoint[name])
+
+
 def catch_stop_signals():
     """
     A list to which Ctrl-C, SIGTERM and a closed terminal from now on append their numbers.
