@@ -56,6 +56,17 @@ def test_the_theory_names_what_it_is_about():
     assert set(expected.split()) <= named
 
 
+def test_the_algorithms_quote_the_code():
+    """Each line of Algorithms 1 and 2 beside the line of ddpm.py that is it."""
+    code, rows = (ROOT / "ddpm.py").read_text(), 0
+    for row in (ROOT / "docs" / "mathematics.md").read_text().splitlines():
+        if re.match(r"\| [12]\.\d \|", row):
+            rows += 1
+            for quoted in re.findall(r"(?<!\[)`([^`]+)`", row):
+                assert quoted in code, quoted
+    assert rows == 8
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_test_that_is_named_exists(document):
     text = (ROOT / document).read_text()
