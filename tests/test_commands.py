@@ -244,13 +244,15 @@ out/cfm | cannot read the config file
 --task=likelihood --guidance=2 | the model as it is
 --task=likelihood --save=x.png | printed, not saved
 --task=likelihood --labels=1 | their own labels are used
---task=likelihood --sampler=dpm++ | cannot be run backwards
 --task=reconstruct --sampler=ddim | cannot be run backwards
 --task=reconstruct --guidance=2 | the model as it is
 --task=reconstruct --labels=1 | their own labels are used
 --task=reconstruct --exact | goes with --task=likelihood
 """
 SAMPLE_DDPM = """
+--task=likelihood --sampler=dpm++ | leave out --sampler and --steps
+--task=interpolate --sampler=ancestral | needs a sampler that adds no noise
+--task=interpolate --sampler=ddim --eta=1 | needs a sampler that adds no noise
 --sampler=ancestral --steps=20 | ancestral sampling takes all 1000 steps
 --steps=1001 | the run has only 1000
 --save=x.gif --sampler=ancestral | a .gif has a frame a step
@@ -259,6 +261,8 @@ SAMPLE_DDPM = """
 --task=likelihood --exact | goes with --task=likelihood of cfm
 """
 SAMPLE_CFM = """
+--task=likelihood --sampler=dpm++ | cannot be run backwards
+--task=interpolate --sampler=ddim --eta=1 | needs a sampler that adds no noise
 --sampler=ancestral | is not for cfm
 --eta=1 | goes with --sampler=ddim, not with dpm++
 """
