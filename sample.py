@@ -578,7 +578,7 @@ if __name__ == "__main__":
     for i in range(0, n_samples, batch_size):
         label = y[i:i + batch_size].to(device)
         draws = Draws(range(i, i + len(label)), (C, H, W), device)
-        evaluations = 0
+        evaluations, told = 0, time.monotonic()
         if real:
             x = x_val[i:i + len(label)].to(device).float()
         if sampler in ("ddim", "ancestral"):

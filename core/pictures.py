@@ -110,7 +110,7 @@ def natural(name):
 
 
 def find_pictures(folder):
-    """Files that may be pictures, in natural order, and a Counter of what else is below the folder."""
+    """Files that may be pictures, in natural order, and a Counter of what else there is."""
     known = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     files, passed_over = [], Counter()
 
@@ -139,7 +139,7 @@ def find_pictures(folder):
     return files, passed_over
 
 
-def decode(path, size, ground, shift=None):
+def decode(path, size, background, shift=None):
     """
     The picture as uint8 (C, H, W), C being 3, its middle square brought to size unless that is 0.
 
@@ -160,7 +160,7 @@ def decode(path, size, ground, shift=None):
             picture = Image.fromarray((values >> shift).clip(0, 255).astype(np.uint8))
         if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
             picture = picture.convert("RGBA")
-            behind = Image.new("RGBA", picture.size, ImageColor.getrgb(ground))
+            behind = Image.new("RGBA", picture.size, ImageColor.getrgb(background))
             picture = Image.alpha_composite(behind, picture)
         picture = picture.convert("RGB")
         if size:
@@ -168,7 +168,7 @@ def decode(path, size, ground, shift=None):
         return np.asarray(picture).transpose(2, 0, 1)
 
 
-def decode_all(files, size, ground, shift=None):
+def decode_all(files, size, background, shift=None):
     """
     Yields (index, decode() of the file), on all cores. ValueError names all that cannot be read.
 
@@ -176,7 +176,7 @@ def decode_all(files, size, ground, shift=None):
     """
     def attempt(path):
         try:
-            return decode(path, size, ground, shift)
+            return decode(path, size, background, shift)
         except Exception as e:                               # PIL raises many kinds
             return e
 
@@ -215,7 +215,7 @@ def bits_too_many(values):
 
 def say_if_one_level_off(folder, files):
     """A hint if the classes seem to be one level down, as in train/cat, train/dog and test/cat."""
-    below = defaultdict(set)                                 # each class's own subfolders, "" for none
+    below = defaultdict(set)                                 # the subfolders of each class
     for path in files:
         top, inner, *_ = *path.relative_to(folder).parts[:-1], "", ""
         below[top].add(inner)
@@ -225,9 +225,13 @@ def say_if_one_level_off(folder, files):
         say(f"the classes are {', '.join(below)}: if you mean {names}, use --dataset={folder / top}")
 
 
-def load_folder(folder, data_dir, size, ground):
-    """Pictures below a folder, grey if all are, labelled by its subfolders; kept for the next time."""
-    ImageColor.getrgb(ground)                                # ValueError for what is no colour
+def load_folder(folder, data_dir, size, background):
+    """The Data below a folder, in grey if all of it is, labelled by subfolders; cached in data_dir."""
+    try:
+        ImageColor.getrgb(background)
+    except ValueError:
+        raise ValueError(f"--background={background} is not a colour: "
+                         "use a name such as white, or #rrggbb") from None
     files, passed_over = find_pictures(folder)
     if passed_over:
         say("passed over: " + ", ".join(f"{n} {what}" for what, n in sorted(passed_over.items())))
@@ -235,8 +239,9 @@ def load_folder(folder, data_dir, size, ground):
         raise ValueError("no pictures there, such as .png or .jpg")
     stamps = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     stamp = hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
-    place = hashlib.sha256(repr((str(folder.resolve()), size, ground)).encode()).hexdigest()[:16]
-    about = Path(data_dir, "pictures", f"{place}.json")
+    what = str(folder.resolve()), size, background
+    key = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+    about = Path(data_dir, "pictures", f"{key}.json")
     if about.exists():
         facts = json.loads(about.read_text())
         if facts["stamp"] == stamp and about.with_name(facts["file"]).exists():
@@ -244,15 +249,15 @@ def load_folder(folder, data_dir, size, ground):
         say(f"{folder} has changed since it was read: reading it again")
     say_if_one_level_off(folder, files)
     try:
-        keep(folder, files, size, ground, about, stamp)
+        keep(folder, files, size, background, about, stamp)
     except KeyboardInterrupt:
         say(f"stopped while reading {folder}", file=sys.stderr)
         sys.exit(130)
     return open_kept(about)
 
 
-def keep(folder, files, size, ground, about, stamp):
-    """Read the files of a folder into one array on the disk, and write what it is to the file about."""
+def keep(folder, files, size, background, about, stamp):
+    """Read the files of a folder into one array on the disk, described by the JSON file about."""
     files = sorted(files, key=lambda p: zlib.crc32(str(p.relative_to(folder)).encode()))    # mixed
     names = [p.relative_to(folder).parts[0] if p.parent != folder else "" for p in files]
     classes = sorted({*names} - {""}, key=natural)
@@ -269,14 +274,14 @@ def keep(folder, files, size, ground, about, stamp):
             f.seek(splitter.place(picture, number[names[i]], names[i]) * picture.nbytes)
             f.write(picture.tobytes())
 
-        for i, found in decode_all(files, size, ground):
+        for i, found in decode_all(files, size, background):
             if isinstance(found, int):
                 deep[i] = found                              # to be read when all values are known
             else:
                 write(i, found)
         if deep:
             again, shift = list(deep), bits_too_many(deep.values())
-            for i, picture in decode_all([files[i] for i in again], size, ground, shift):
+            for i, picture in decode_all([files[i] for i in again], size, background, shift):
                 write(again[i], picture)
     if grey:
         colour = np.memmap(array, np.uint8, "r", shape=(len(files), *shape))
@@ -284,8 +289,9 @@ def keep(folder, files, size, ground, about, stamp):
         with atomic_write(array) as f:
             for start in range(0, len(files), 1000):
                 f.write(colour[start:start + 1000, :1].tobytes())
-    facts = {"stamp": stamp, "file": array.name, "shape": [len(files), *shape], "classes": classes,
-             "labels": splitter.labels.tolist(), "n_train": splitter.front, "checksum": splitter.checksum}
+    facts = {"stamp": stamp, "file": array.name, "shape": [len(files), *shape],
+             "classes": classes, "labels": splitter.labels.tolist(),
+             "n_train": splitter.front, "checksum": splitter.checksum}
     for old in about.parent.glob(f"{about.stem}-*.u8"):
         if old != array:
             old.unlink(missing_ok=True)
@@ -294,7 +300,7 @@ def keep(folder, files, size, ground, about, stamp):
 
 
 def open_kept(about):
-    """The Data that keep() has written: a file that is mapped into memory, and shared by processes."""
+    """The Data that keep() wrote, mapped into memory, which all processes share."""
     facts = json.loads(about.read_text())
     x = np.memmap(about.with_name(facts["file"]), np.uint8, "c", shape=tuple(facts["shape"]))
     labels = np.array(facts["labels"], np.int64)

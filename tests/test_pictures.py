@@ -186,8 +186,8 @@ def test_32_bits_are_read_by_their_values_and_refused_where_they_are_too_large(t
         load("p")
 
 
-@pytest.mark.parametrize("ground, seen", [("white", 255), ("black", 0), ("#7f7f7f", 127)])
-def test_transparent_pictures_lie_on_a_ground_that_an_option_names(ground, seen, tmp_path, monkeypatch):
+@pytest.mark.parametrize("background, seen", [("white", 255), ("black", 0), ("#7f7f7f", 127)])
+def test_transparent_pictures_lie_on_a_ground_that_an_option_names(background, seen, tmp_path, monkeypatch):
     """The colours hidden under full transparency are not learned; half transparent ones are mixed."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p").mkdir()
@@ -196,7 +196,7 @@ def test_transparent_pictures_lie_on_a_ground_that_an_option_names(ground, seen,
     clear.save(tmp_path / "p" / "a.png")
     palette = clear.convert("RGB").quantize(4)
     palette.save(tmp_path / "p" / "b.png", transparency=palette.getpixel((0, 7)))
-    for p in load("p", ground=ground).train[0]:
+    for p in load("p", background=background).train[0]:
         assert (p[:, 7, 0] == seen).all() and p[:, 0, 0].tolist() == [0, 0, 255]
 
 
@@ -234,7 +234,7 @@ def test_what_was_read_is_kept_and_opened_at_once(pets, monkeypatch):
 
 
 def test_another_size_or_ground_is_kept_beside_it(pets):
-    load(pets), load(pets, image_size=4), load(pets, image_size=4, ground="black")
+    load(pets), load(pets, image_size=4), load(pets, image_size=4, background="black")
     assert len(list((pets.parent / "kept" / "pictures").glob("*.u8"))) == 3
 
 
