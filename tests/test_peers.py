@@ -108,7 +108,7 @@ def test_labml(labml):
         times.append(t)
         return network(x, t)
 
-    peer.eps_model = recording_network  # labml draws the times of its loss, so ours is told them
+    peer.eps_model = recording_network  # labml draws the times of its loss: ours gets them
     for seed in range(20):
         torch.manual_seed(seed)
         theirs = peer.loss(x0, eps)
