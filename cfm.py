@@ -61,7 +61,7 @@ compile = "auto"          # torch.compile: true or false; auto: on CUDA
 seed = 1337               # every draw is a function of seed, iteration and micro-batch
 # the method, and the grids drawn with it
 out_dir = "out/cfm"       # for checkpoints, grids and log.csv
-path = "icfm"             # from noise to data: icfm, ot, target, vp or sb, see the classes below
+path = "icfm"             # from noise to data: icfm, ot, target, vp, sb or sb_exact: see the classes
 sigma = 0.0               # width of the path around its mean; sb needs one, such as 0.5
 t_mean = -0.4             # training times are sigmoid(N(t_mean, 1)); t = 0 is noise
 t_uniform = 0.0           # fraction of each batch with uniform times instead
@@ -129,9 +129,9 @@ class ConditionalFlowMatcher:
         Draws t, uniform, unless given, and then epsilon, even if sigma is 0. That is torchcfm's
         order, so the same seed gives the same numbers.
         """
-        x0 = self.pair(x0, x1, y)
         t = torch.rand(x0.shape[0]).type_as(x0) if t is None else t
         epsilon = self.sample_noise_like(x0)
+        x0 = self.pair(x0, x1, y)
         xt = self.sample_xt(x0, x1, t, epsilon)
         ut = self.compute_conditional_flow(x0, x1, t, xt)
         return (t, xt, ut, epsilon) if return_noise else (t, xt, ut)
@@ -142,28 +142,29 @@ class ExactOptimalTransportConditionalFlowMatcher(ConditionalFlowMatcher):
     OT-CFM of Tong et al.: the same path, with noise and data paired within each batch.
 
     Pairs minimise the total squared distance, which makes the flow straighter. Only x0 is reordered,
-    so labels still match. With labels y, pairing is done per class; otherwise the noise of a class
-    would not be Gaussian.
+    so labels still match, and no picture is lost. With labels y, pairs are of one class; otherwise
+    the noise of a class would not be Gaussian.
     """
 
     def pair(self, x0, x1, y=None):
+        a, b = [v.detach().flatten(1).float().cpu() for v in (x1, x0)]
+        cost = torch.cdist(a, b) ** 2                    # (B, B): of giving picture i noise j
+        if not cost.isfinite().all():
+            raise ValueError("x0 or x1 is not finite, so they cannot be paired")
+        if y is not None:
+            y = y.cpu()
+            cost = cost.masked_fill(y[:, None] != y, math.inf)
+        return x0[self.match(cost).to(x0.device)]
+
+    def match(self, cost):
+        """A column for each row of cost (n, n), (n,): the permutation of the least total cost."""
         try:
             from scipy.optimize import linear_sum_assignment
         except ImportError:
             raise ImportError("optimal pairing of noise and data needs scipy: "
                               "pip install scipy") from None
 
-        y = torch.zeros(len(x0), device="cpu") if y is None else y.cpu()
-        order = torch.arange(len(x0), device="cpu")
-        for label in y.unique():
-            own = (y == label).nonzero().flatten()
-            a, b = x1[own].detach().flatten(1).float(), x0[own].detach().flatten(1).float()
-            cost = torch.cdist(a, b) ** 2
-            if not cost.isfinite().all():
-                raise ValueError("x0 or x1 is not finite, so they cannot be paired")
-            _, column = linear_sum_assignment(cost.cpu().numpy())
-            order[own] = own[torch.from_numpy(column)]
-        return x0[order.to(x0.device)]
+        return torch.from_numpy(linear_sum_assignment(cost.numpy())[1])
 
 
 class TargetConditionalFlowMatcher(ConditionalFlowMatcher):
@@ -195,18 +196,28 @@ class VariancePreservingConditionalFlowMatcher(ConditionalFlowMatcher):
 
 class SchrodingerBridgeConditionalFlowMatcher(ExactOptimalTransportConditionalFlowMatcher):
     """
-    SB-CFM of Tong et al.: Brownian bridges, of variance sigma^2 t (1 - t), between optimal pairs.
+    SB-CFM of Tong et al.: Brownian bridges, of variance sigma^2 t (1 - t), between pairs.
 
-    The pairs are those of OT-CFM. Tong et al. draw them from an entropic plan.
+    Each picture draws its noise from the entropic plan of the batch, as a Schroedinger bridge asks
+    for. ot_method="exact" takes the pairs of OT-CFM instead.
     """
     straight = False
     margin = 1e-3                # sigma_t' is infinite at both ends
 
-    def __init__(self, sigma=1.0):
+    def __init__(self, sigma=1.0, ot_method="sinkhorn"):
         if sigma <= 0:
             raise ValueError("a Schroedinger bridge needs a sigma above 0, such as 0.5, "
                              f"but it is {sigma}")
+        if ot_method not in ("sinkhorn", "exact"):
+            raise ValueError(f"ot_method must be sinkhorn or exact, but is {ot_method}")
         super().__init__(sigma)
+        self.ot_method = ot_method
+
+    def match(self, cost):
+        if self.ot_method == "exact":
+            return super().match(cost)
+        plan = sinkhorn(cost, 2 * self.sigma**2)
+        return torch.multinomial(plan, 1).squeeze(1)
 
     def compute_sigma_t(self, t):
         return self.sigma * torch.sqrt(t * (1 - t))
@@ -218,12 +229,35 @@ class SchrodingerBridgeConditionalFlowMatcher(ExactOptimalTransportConditionalFl
         return growth * (xt - mu_t) + x1 - x0
 
 
+def sinkhorn(cost, reg, tolerance=0.01, max_iters=1000):
+    """
+    The entropic plan of cost (n, n), (n, n): the least <plan, cost> + reg <plan, log plan>.
+
+    All rows and columns sum to 1 / n, columns to within the tolerance (Cuturi 2013, arXiv
+    1306.0895). In logarithms nothing underflows. A large reg goes before, for it converges fast.
+    """
+    cost = cost.double()
+    step = 4 * max(reg, cost[cost.isfinite()].max().item())
+    f = g = torch.zeros(len(cost), device="cpu", dtype=torch.float64)   # the dual potentials
+    while step > reg:
+        step = max(reg, step / 4)
+        for _ in range(max_iters):
+            g = -step * torch.logsumexp((f[:, None] - cost) / step, 0)
+            rows = torch.logsumexp((f[:, None] + g - cost) / step, 1)
+            f = f - step * rows
+            if rows.abs().max() < tolerance:
+                break
+    plan = ((f[:, None] + g - cost) / step).exp()
+    return plan / plan.sum()
+
+
 PATHS = {
     "icfm": ConditionalFlowMatcher,
     "ot": ExactOptimalTransportConditionalFlowMatcher,
     "target": TargetConditionalFlowMatcher,
     "vp": VariancePreservingConditionalFlowMatcher,
     "sb": SchrodingerBridgeConditionalFlowMatcher,
+    "sb_exact": lambda sigma: SchrodingerBridgeConditionalFlowMatcher(sigma, ot_method="exact"),
 }
 
 

@@ -1,6 +1,7 @@
 """ConditionalFlowMatcher and VelocityField against closed forms."""
 
 import itertools
+import math
 import sys
 
 import pytest
@@ -13,6 +14,7 @@ from cfm import (
     classifier_free_guidance,
     draw_times,
     expand_like,
+    sinkhorn,
 )
 
 M, S = 0.3, 0.5  # the data: N(M, S^2); the noise: N(0, 1)
@@ -84,7 +86,7 @@ def test_a_bridge_has_no_width_at_its_ends_and_is_widest_between():
     assert width.tolist() == [0, 0.25, 0]
 
 
-@pytest.mark.parametrize("path", ["ot", "sb"])
+@pytest.mark.parametrize("path", ["ot", "sb_exact"])
 def test_pairing_is_the_best_of_all_permutations(path):
     pytest.importorskip("scipy")
     for shape in ((6, 2), (6, 1, 3, 3)):
@@ -106,6 +108,55 @@ def test_pairing_loses_nothing_and_stays_within_each_class():
     for label in y.unique():
         own = y == label
         assert torch.equal(paired[own], PATHS["ot"]().pair(x0[own], x1[own]))
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0])
+def test_a_bridge_between_gaussians_has_the_closed_form(sigma):
+    """
+    Between N(0, 1) and N(M, S^2): the entropic plan's covariance, and the marginals' variance.
+
+    Janati et al. 2020 (arXiv 2006.02572), theorem 1, for the cost |x0 - x1|^2 + 2 sigma^2 KL.
+    """
+    torch.manual_seed(0)
+    n = 1500
+    x0, x1, matcher = torch.randn(n, 1), M + S * torch.randn(n, 1), PATHS["sb"](sigma)
+    drawn = torch.stack([matcher.pair(x0, x1) for _ in range(20)])
+    assert drawn.mean().item() == pytest.approx(x0.mean().item(), abs=0.02)
+    assert drawn.std().item() == pytest.approx(x0.std().item(), abs=0.02)
+    covariance = (drawn * (x1 - x1.mean())).mean().item()
+    expected = (math.sqrt(4 * S**2 + sigma**4) - sigma**2) / 2
+    assert covariance == pytest.approx(expected, abs=0.04 * S)
+    t = torch.full((n,), 0.3)
+    xt = torch.stack([matcher.sample_xt(d, x1, t, torch.randn(n, 1)) for d in drawn])
+    variance = 0.7**2 + 0.3**2 * S**2 + 2 * 0.3 * 0.7 * expected + sigma**2 * 0.3 * 0.7
+    assert xt.var().item() == pytest.approx(variance, rel=0.05)
+
+
+def test_a_bridge_draws_within_each_class_and_becomes_optimal_without_noise():
+    pytest.importorskip("scipy")
+    torch.manual_seed(0)
+    x0, x1, y = torch.randn(40, 1, 2, 2), torch.randn(40, 1, 2, 2), torch.arange(40) % 4 - 1
+    drawn = PATHS["sb"](0.5).pair(x0, x1, y)
+    order = [(x0 == p).flatten(1).all(1).nonzero().item() for p in drawn]
+    assert torch.equal(y[order], y) and order != list(range(40))
+    assert torch.equal(PATHS["sb"](0.01).pair(x0, x1, y), PATHS["sb_exact"](0.01).pair(x0, x1, y))
+
+
+@pytest.mark.parametrize("scale", [0, 1e-3, 1, 30])
+@pytest.mark.parametrize("reg", [1e-3, 0.5, 100])
+def test_sinkhorn_keeps_its_marginals_at_any_scale(scale, reg):
+    torch.manual_seed(0)
+    cost = torch.cdist(scale * torch.randn(12, 5), scale * torch.randn(12, 5)) ** 2
+    cost[:6, 6:] = cost[6:, :6] = math.inf
+    plan = sinkhorn(cost, reg)
+    assert plan[:6, 6:].sum() == plan[6:, :6].sum() == 0
+    for marginal in (plan.sum(0), plan.sum(1)):
+        assert torch.allclose(marginal, torch.full_like(marginal, 1 / 12), rtol=0.02)
+
+
+def test_an_unknown_plan_is_refused():
+    with pytest.raises(ValueError, match="sinkhorn or exact"):
+        PATHS["sb"](0.5, ot_method="unbalanced")
 
 
 def test_loss_pairs_with_the_labels_and_keeps_them():
@@ -197,7 +248,7 @@ def test_guidance_mixes_the_two_predictions_in_one_call():
     assert calls == [3, 6, 6, 3]
 
 
-@pytest.mark.parametrize("path", ["ot", "sb"])
+@pytest.mark.parametrize("path", ["ot", "sb_exact"])
 def test_pairing_says_that_it_needs_scipy(path, monkeypatch):
     matcher = PATHS[path](0.5)
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
