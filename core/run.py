@@ -240,12 +240,21 @@ class Run:
 
     def start_clock(self, iteration):
         """The next speed() is that from here on, so that evaluations do not count."""
-        self.clock, self.clocked = time.monotonic(), iteration
+        self.clock, self.cpu_clock, self.clocked = time.monotonic(), time.process_time(), iteration
 
     def speed(self, iteration):
         """Pictures a second."""
         pictures = (iteration - self.clocked) * self.pictures_per_iter
         return pictures / max(1e-9, time.monotonic() - self.clock)
+
+    def notice_other_programs(self):
+        """Where others use the CPU, this one's threads spin, waiting for each other: say it once."""
+        ran = time.process_time() - self.cpu_clock
+        threads = torch.get_num_threads()
+        if threads > 1 and ran < 0.85 * threads * (time.monotonic() - self.clock):
+            say("another program uses the CPU, which slows the threads of this one down a lot: to stop "
+                "and resume it with OMP_NUM_THREADS=1 in the environment is faster", file=sys.stderr)
+            self.notice_other_programs = lambda: None
 
     def log(self, iteration, loss, rate, speed, held_out, optimizer):
         """A line on the screen and a row of log.csv. rate: of learning; held_out: five losses, or []."""
@@ -260,6 +269,8 @@ class Run:
         skipped = iteration - steps_taken(optimizer, iteration)
         say(f"iteration {iteration} of {self.max_iters}: loss {loss:.4f}, {speed:.0f} pictures/s, "
             f"{minutes:.1f} min left{f', {skipped} steps skipped' if skipped else ''}")
+        if optimizer.param_groups[0]["params"][0].device.type == "cpu":
+            self.notice_other_programs()
 
     def save_checkpoint(self, **content):
         if not self.processes.is_main:

@@ -17,6 +17,7 @@ from PIL import Image
 
 import core.data
 import core.machine
+import core.run
 from cfm import PATHS
 from core.run import atomic_write
 from ddpm import DenoiseDiffusion
@@ -29,6 +30,29 @@ def ran(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("ran")
     here("cfm", *TINY, "--max_iters=1", "--out_dir=x", cwd=cwd)
     return cwd
+
+
+# ---- a machine that others use, too ----
+
+@pytest.mark.parametrize("threads, ran, noticed", [
+    (2, 1.99, False),  # measured alone
+    (2, 1.30, True),  # measured beside one busy loop
+    (1, 0.50, False),  # nothing waits for a single thread
+])
+def test_a_run_notices_programs_that_slow_its_threads_down(
+    threads, ran, noticed, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(core.run, "catch_stop_signals", lambda: [])
+    monkeypatch.setattr(core.run.time, "monotonic", lambda: 0)
+    monkeypatch.setattr(core.run.time, "process_time", lambda: 0)
+    run = core.run.Run(tmp_path, core.machine.Processes(), 0, 9, 1, False, False)
+    monkeypatch.setattr(core.run.time, "monotonic", lambda: 10)
+    monkeypatch.setattr(core.run.time, "process_time", lambda: 10 * ran)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    optimizer = Muon([torch.nn.Parameter(torch.zeros(1))])
+    for it in (1, 2):
+        run.log(it, 0.0, 0.0, 1.0, [], optimizer)
+    assert capsys.readouterr().err.count("OMP_NUM_THREADS=1") == noticed
 
 
 # ---- files that several programs write ----
