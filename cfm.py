@@ -32,6 +32,7 @@ data_dir = "data"         # for downloads, and for what was read from folders
 image_size = 0            # centre-crop and resize pictures to this side; 0: as they are
 background = "white"      # for transparent pictures: a colour's name, or #rrggbb
 changed_data = False      # allow resuming on changed data
+offload = False           # keep the pictures in the CPU's memory: for more than the GPU has room for
 flip = False              # mirror pictures at random: never for digits
 conditional = True        # class-conditional, if the data has labels
 label_dropout = 0.02      # fraction of labels dropped, which makes guidance possible
@@ -46,6 +47,7 @@ patch = 2                 # fold patch x patch pixels into channels: 2 runs at h
 batch_size = 64           # per process; with accumulation, the micro-batch size
 gradient_accumulation_steps = 1  # micro-batches per step of the optimizer
 max_iters = 9380          # steps of the optimizer: ten epochs of MNIST
+minutes = 0.0             # end by the clock: as many steps as fit into these minutes; 0: max_iters
 muon = True               # Muon for convolution kernels, AdamW for the rest; false: AdamW for all
 learning_rate = 6e-3      # peak, before the decay
 warmup_iters = 100        # linear warm-up from 0
@@ -373,14 +375,17 @@ def get_lr(it):
 
 def get_batch(pictures, labels):
     """A random batch: x (B, C, H, W) in [-1, 1], and y (B,), a fraction of it dropped: -1."""
-    device = pictures.device
-    i = torch.randint(len(pictures), (batch_size,)).to(device, non_blocking=True)
-    x = pictures[i].float() / 127.5 - 1
+    device = labels.device
+    i = torch.randint(len(pictures), (batch_size,))
+    x = pictures[i.to(pictures.device, non_blocking=True)]
+    if x.device != device:                           # offloaded: only from pinned memory does a copy
+        x = x.pin_memory()                           # not hold up the CPU
+    x = x.to(device, non_blocking=True).float() / 127.5 - 1
     if flip:
         mirrored = torch.rand(batch_size, 1, 1, 1, device=device) < 0.5
         x = torch.where(mirrored, x.flip(3), x)
     dropped = torch.rand(batch_size, device=device) < label_dropout
-    return x, torch.where(dropped, -1, labels[i])
+    return x, torch.where(dropped, -1, labels[i.to(device, non_blocking=True)])
 
 
 def update_average(ema, model, it):
@@ -443,7 +448,7 @@ FIXED += ["image_size", "conditional", "muon", "adam_beta2", *ARCHITECTURE]
 
 if __name__ == "__main__":
     from configurator import TRAINING, configure, explained, fail, resume
-    from core.data import load_data
+    from core.data import load_data, place
     from core.machine import choose_machine, describe_model, init_distributed
     from core.run import (Run, load_checkpoint, require_no_run, require_same_data, restore,
                           survive)
@@ -472,7 +477,7 @@ if __name__ == "__main__":
     # Data: all on the device as uint8, so no DataLoader is needed.
     with processes.main_first(), explained(f"--dataset={dataset}: "):
         data = load_data(dataset, data_dir, image_size, conditional, background)
-    x_train, y_train, x_val, y_val = [v.to(device) for v in (*data.train, *data.held_out)]
+    x_train, y_train, x_val, y_val = place(data, device, offload)
     picture_shape = tuple(x_train.shape[1:])         # (C, H, W)
     num_classes = len(data.classes)
     if guidance != 1 and not num_classes:
@@ -519,7 +524,8 @@ if __name__ == "__main__":
     run.say(describe_model(ema, t=u[:1], x=x_val[:1], y=y_val[:1]))
     run.say(f"{device}, {dtype}, {'compiled' if compile else 'not compiled'}, "
             f"{world_size} process{'es' if world_size > 1 else ''}")
-    run.say(f"iterations {it} to {max_iters}, of {pictures_per_iter} pictures each")
+    until = f"to {max_iters}" if not minutes else f"for {minutes:g} minutes"
+    run.say(f"iterations {it} {until}, of {pictures_per_iter} pictures each")
     run.say(f"samples, log.csv and ckpt.pt go to {Path(out_dir).resolve()}")
 
     while it < max_iters and not run.stopping:
@@ -546,11 +552,13 @@ if __name__ == "__main__":
         update_average(ema, model, it)
         it += 1
 
-        evaluating = it % eval_interval == 0 or it == max_iters
-        logging = it % log_interval == 0 or evaluating
+        logging = it % log_interval == 0 or it % eval_interval == 0 or it == max_iters
         if not (run.stop_requested() or logging):
             continue
         loss, speed = run.mean(losses), run.speed(it)    # waits for the GPU, so only now and then
+        if minutes:
+            max_iters = run.iterations_in(minutes, it, speed)
+        evaluating = it % eval_interval == 0 or it == max_iters
         with autocast:
             held_out = evaluate(averaged, x_val, y_val, noise, u) if evaluating else []
         run.require_finite(it, [loss, *held_out], model)

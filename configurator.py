@@ -39,6 +39,7 @@ TRAINING = {
     "adam_beta2": (0, 0.999999),
     **dict.fromkeys(["label_dropout", "dropout", "ema_decay", "t_uniform"], (0, 1)),
     **dict.fromkeys(["learning_rate", "warmup_iters", "weight_decay", "grad_clip"], (0, math.inf)),
+    "minutes": (0, math.inf),
     **dict.fromkeys(["image_size", "attention_levels", "guidance"], (0, math.inf)),
     **dict.fromkeys(["channels", "channel_mults", "n_res_blocks", "patch"], (1, math.inf)),
     **dict.fromkeys(["batch_size", "gradient_accumulation_steps", "sample_steps"], (1, math.inf)),

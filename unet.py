@@ -14,6 +14,7 @@ attention heads 64 channels. Two changes make it cheap: pixels may be folded int
 """
 import math
 from collections import defaultdict
+from functools import lru_cache
 
 import torch
 import torch.nn as nn
@@ -224,6 +225,50 @@ def newton_schulz(g, steps=5):
     return x if g.shape[1] <= g.shape[2] else x.mT
 
 
+def orthogonalize(kernels):
+    """newton_schulz() of kernels [(c_out, c_in, h, w)] as matrices (c_out, the rest), and back."""
+    shapes = defaultdict(list)
+    for i, kernel in enumerate(kernels):
+        shapes[kernel.shape].append(i)
+    directions = list(kernels)
+    for shape, same in shapes.items():
+        batch = newton_schulz(torch.stack([kernels[i].flatten(1) for i in same]))
+        for i, direction in zip(same, batch):
+            directions[i] = direction.reshape(shape)
+    return directions
+
+
+def orthogonalize_at_once(kernels):
+    """
+    The same in one batch, padded with zeros, which stay zeros.
+
+    For a GPU: with many small kernels, launches take longer there than arithmetic.
+    """
+    last = [kernel.permute(0, 2, 3, 1) for kernel in kernels]   # as they lie in memory, channels last
+    flat = torch.cat([kernel.flatten() for kernel in last])
+    place, shape = places(tuple((len(k), k[0].numel()) for k in last), flat.device)
+    padded = flat.new_zeros(math.prod(shape))
+    padded[place] = flat
+    flat = newton_schulz(padded.view(shape)).flatten()[place]
+    directions = flat.split([kernel.numel() for kernel in last])
+    return [d.view(k.shape).permute(0, 3, 1, 2) for d, k in zip(directions, last)]
+
+
+@lru_cache(maxsize=4)
+def places(shapes, device):
+    """
+    Where entries of matrices of these shapes, one after the other, go in a batch of them; its shape.
+
+    The batch is (n, rows, columns), large enough for each; tall matrices are transposed.
+    """
+    rows = max(min(shape) for shape in shapes)
+    columns = max(max(shape) for shape in shapes)
+    batch = torch.arange(len(shapes) * rows * columns, device=device)
+    batch = batch.view(len(shapes), rows, columns)
+    parts = [page[:r, :c] if r <= c else page[:c, :r].T for page, (r, c) in zip(batch, shapes)]
+    return torch.cat([part.flatten() for part in parts]), batch.shape
+
+
 class Muon(torch.optim.Optimizer):
     """
     Steps of the same length in all directions: Jordan et al. 2024, "Muon".
@@ -241,10 +286,9 @@ class Muon(torch.optim.Optimizer):
         groups = params if params and isinstance(params[0], dict) else [{"params": params}]
         alike = []
         for group in groups:
-            shapes = defaultdict(list)
-            for p in group["params"]:
-                shapes[p.shape if p.dim() == 4 else None].append(p)
-            alike += [group | {"params": same} for same in shapes.values()]
+            kernels = [p for p in group["params"] if p.dim() == 4]
+            others = [p for p in group["params"] if p.dim() != 4]
+            alike += [group | {"params": same} for same in (kernels, others) if same]
         super().__init__(alike, defaults)
 
     @torch.no_grad()
@@ -266,16 +310,15 @@ class Muon(torch.optim.Optimizer):
 
     def muon(self, params, group):
         lr, momentum = group["lr"], group["momentum"]
-        directions = []
-        for p in params:
-            mean = self.state[p]["mean"].lerp_(p.grad, 1 - momentum)
-            ahead = p.grad.lerp(mean, momentum)                 # Nesterov's
-            directions.append(ahead.flatten(1))                 # (c_out, c_in * 9)
-        directions = newton_schulz(torch.stack(directions))
-        size = 0.2 * math.sqrt(max(directions.shape[1:]))
-        for p, direction in zip(params, directions):
-            p.mul_(1 - lr * group["weight_decay"])
-            p.add_(direction.reshape(p.shape), alpha=-lr * size)
+        grads = [p.grad for p in params]
+        means = [self.state[p]["mean"] for p in params]
+        torch._foreach_lerp_(means, grads, 1 - momentum)
+        ahead = torch._foreach_lerp(grads, means, momentum)     # Nesterov's
+        directions = (orthogonalize_at_once if params[0].is_cuda else orthogonalize)(ahead)
+        sizes = [0.2 * math.sqrt(max(len(p), p[0].numel())) for p in params]
+        torch._foreach_mul_(directions, sizes)
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(params, directions, alpha=-lr)
 
     def adamw(self, params, group):
         for p in params:

@@ -16,7 +16,7 @@ import torch
 from torchvision import datasets
 from torchvision.transforms.functional import center_crop, resize
 
-from configurator import say
+from configurator import fail, say
 from core.pictures import Data, Splitter, load_folder
 
 
@@ -42,6 +42,23 @@ def load_data(dataset, data_dir="data", image_size=0, conditional=True, backgrou
         data.train = data.train[0], torch.full_like(data.train[1], -1)
         data.held_out = data.held_out[0], torch.full_like(data.held_out[1], -1)
     return data
+
+
+def place(data, device, offload=False):
+    """
+    Training pictures and labels, held-out pictures and labels, on the device.
+
+    With offload the training pictures stay in the CPU's memory. Calls fail() where the device has too
+    little.
+    """
+    x_train, y_train, x_val, y_val = *data.train, *data.held_out
+    if "cuda" in device:
+        free, _ = torch.cuda.mem_get_info(device)
+        missing = (0 if offload else x_train.nbytes) + x_val.nbytes - free
+        if missing > 0:
+            fail(f"the pictures do not fit on {device}, {missing / 2**30:.1f} GiB are missing: "
+                 "--offload leaves them in the CPU's memory, --image_size makes them smaller")
+    return x_train if offload else x_train.to(device), *[v.to(device) for v in (y_train, x_val, y_val)]
 
 
 # ---- data sets with a name ----

@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from configurator import fail, say
 
 
-def choose_machine(device="auto", dtype="auto", compile="auto"):
+def choose_machine(device="auto", dtype="auto", compile=False):
     """
-    (device, dtype, compile) with "auto" decided; calls fail() if the device cannot be used.
+    (device, dtype, compile) with "auto" decided; calls fail() if what is asked for cannot be had.
 
     Under torchrun each process gets its own GPU. On CUDA, what stays float32 may use TF32.
     """
@@ -36,7 +36,25 @@ def choose_machine(device="auto", dtype="auto", compile="auto"):
     if dtype == "auto":
         native_bfloat16 = cuda and torch.cuda.get_device_capability()[0] >= 8
         dtype = "bfloat16" if native_bfloat16 else "float16" if cuda else "float32"
-    return device, dtype, cuda if compile == "auto" else compile
+    if cuda if compile == "auto" else compile:
+        compile = try_to_compile(device, required=compile is True)
+    else:
+        compile = False
+    return device, dtype, compile
+
+
+def try_to_compile(device, required=False):
+    """Does torch.compile work on the device? Says why not, or calls fail() where it is required."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+        return True
+    except Exception as e:               # no C compiler, Python.h or Triton, or too old a GPU
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+    if required:
+        fail(f"--compile=true: torch.compile does not work here ({reason})")
+    say(f"torch.compile does not work here ({reason}): going on without it, which is slower",
+        file=sys.stderr)
+    return False
 
 
 def keep_freed_memory():

@@ -182,6 +182,7 @@ class Run:
         self.max_iters, self.pictures_per_iter = max_iters, pictures_per_iter
         self.saved = iteration                       # of the newest checkpoint
         self.signals = catch_stop_signals()
+        self.started = time.monotonic()
         self.stopping = 0                            # the signal that some process received
         if processes.is_main:
             with explained(f"--out_dir={out_dir}: "):
@@ -246,6 +247,12 @@ class Run:
         """Pictures a second."""
         pictures = (iteration - self.clocked) * self.pictures_per_iter
         return pictures / max(1e-9, time.monotonic() - self.clock)
+
+    def iterations_in(self, minutes, iteration, speed):
+        """How many there will be when the run has lasted so long; speed in pictures a second."""
+        left = max(0, 60 * minutes - (time.monotonic() - self.started))
+        self.max_iters = iteration + self.processes.maximum(int(left * speed / self.pictures_per_iter))
+        return self.max_iters
 
     def notice_other_programs(self):
         """Where others use the CPU, this one's threads spin, waiting for each other: say it once."""
