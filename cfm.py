@@ -346,10 +346,11 @@ def classifier_free_guidance(model, t, x, y, scale):
 
     Ho & Salimans 2022 (arXiv 2207.12598). At scale 1, or without labels, that is the model as it is.
     """
+    dtype = torch.promote_types(x.dtype, torch.float32)     # in half precision errors would add up
     if y is None or scale == 1:
-        return model(t=t, x=x, y=y).float()
+        return model(t=t, x=x, y=y).to(dtype)
     no_label = torch.full_like(y, -1)
-    out = model(t=torch.cat([t, t]), x=torch.cat([x, x]), y=torch.cat([y, no_label])).float()
+    out = model(t=torch.cat([t, t]), x=torch.cat([x, x]), y=torch.cat([y, no_label])).to(dtype)
     labelled, unlabelled = out.chunk(2)
     return unlabelled + scale * (labelled - unlabelled)
 
@@ -437,6 +438,8 @@ def check_options(config):
         trial = build(UNet(**{name: config[name] for name in ARCHITECTURE}), config)
         check_sampler(sampler, trial)
         trial.loss(torch.zeros(2, 1, 8, 8))          # fails here if it would fail in training
+    if Path(dataset).is_dir() and Path(dataset).resolve() == Path(out_dir).resolve():
+        fail(f"--out_dir={out_dir} is the folder of the pictures: choose another one")
     if guidance != 1 and not conditional:
         fail(f"--guidance={guidance}: without labels there is nothing to be guided by")
     if guidance != 1 and not label_dropout:
@@ -450,7 +453,7 @@ if __name__ == "__main__":
     from configurator import TRAINING, configure, explained, fail, resume
     from core.data import load_data, place
     from core.machine import choose_machine, describe_model, init_distributed
-    from core.run import (Run, load_checkpoint, require_no_run, require_same_data, restore,
+    from core.run import (Run, load_checkpoint, require_room, require_same_data, restore,
                           survive)
     from unet import Muon, UNet
 
@@ -459,8 +462,8 @@ if __name__ == "__main__":
     if init_from == "resume":
         checkpoint = load_checkpoint(Path(out_dir, "ckpt.pt"), METHOD)
         config = resume(globals(), TRAINING | LIMITS, FIXED, checkpoint)
-    elif not overwrite:
-        require_no_run(out_dir)
+    else:
+        require_room(out_dir, overwrite)
     check_options(config)
 
     # The machine, and the other processes if torchrun started some.

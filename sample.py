@@ -18,6 +18,7 @@ The same seed gives the same pictures, whatever the batch_size, up to rounding.
 """
 import math
 import time
+import unicodedata
 from itertools import pairwise
 from pathlib import Path
 
@@ -228,7 +229,8 @@ def flow(method, y=None, guidance=1.0, clip=False, interval=(0.0, 1.0), watch=No
             watch(tau, z)
         everywhere = tuple(interval) == (0, 1)
         scale = guidance if everywhere or interval[0] <= tau <= interval[1] else 1.0
-        tau = torch.as_tensor(tau, dtype=torch.float32, device=z.device).expand(len(z))
+        dtype = torch.promote_types(z.dtype, torch.float32)
+        tau = torch.as_tensor(tau, dtype=dtype, device=z.device).expand(len(z))
         return method.velocity(tau, z, y, scale, clip)
 
     return v
@@ -350,10 +352,17 @@ def wanted_classes(classes):
     """The numbers of the classes that --labels names, or of all; calls fail() for one unknown."""
     from configurator import fail
 
-    number = {name: i for i, name in enumerate(classes)}
+    def key(name):
+        return unicodedata.normalize("NFC", name.strip())    # macOS writes accents apart
+
+    number = {key(name): i for i, name in enumerate(classes)}
     if not any(name.isdecimal() for name in classes):        # then a number may stand for a name
         number = {str(i): i for i in range(len(classes))} | number
-    names = [name.strip() for name in labels.split(",") if name.strip()] or classes
+    if not labels.strip(" ,"):
+        return list(range(len(classes)))
+    if key(labels) in number:                                # also one with a comma
+        return [number[key(labels)]]
+    names = [key(name) for name in labels.split(",") if name.strip()]
     for name in names:
         if name not in number:
             known = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "") or "none"
@@ -365,8 +374,10 @@ def wanted_classes(classes):
 
 def labels_to_save(classes, y):
     """arr_1: labels as the data had them where they are numbers; else arr_1 numbers the names in classes."""
-    if all(name.isdecimal() for name in classes):
-        return {"arr_1": torch.tensor([int(name) for name in classes])[y].numpy()} if classes else {}
+    if not classes:
+        return {}
+    if all(name.isdecimal() and str(int(name)) == name and int(name) < 2**63 for name in classes):
+        return {"arr_1": torch.tensor([int(name) for name in classes])[y].numpy()}
     return {"arr_1": y.numpy(), "classes": classes}
 
 
@@ -398,6 +409,8 @@ def check_request(config, is_ddpm, num_classes, auto):
         fail(f"--save={save}: a likelihood is printed, not saved")
     if exact and (task != "likelihood" or is_ddpm):
         fail("--exact goes with --task=likelihood of cfm")
+    if dataset and not real:
+        fail(f"--dataset={dataset}: to {task}, no pictures are read")
     if labels and real:
         fail(f"--labels: to {task} held-out pictures, their own labels are used")
     if guidance != 1 and real:

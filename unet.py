@@ -176,14 +176,15 @@ class UNet(nn.Module):
 
     def forward(self, t, x, y=None):
         H, W = x.shape[-2:]
-        emb = self.time(time_embedding(t, self.channels))       # (B, emb)
+        dtype = self.conv_in.weight.dtype
+        emb = self.time(time_embedding(t, self.channels).to(dtype))     # (B, emb)
         if self.label is not None:
             if y is None:
                 y = torch.full_like(t, -1, dtype=torch.long)
             emb = emb + self.label(y + 1)
         emb = F.silu(emb)
 
-        h = F.pad(x, (0, -W % self.multiple, 0, -H % self.multiple), mode="replicate")
+        h = F.pad(x.to(dtype), (0, -W % self.multiple, 0, -H % self.multiple), mode="replicate")
         h = self.conv_in(F.pixel_unshuffle(h, self.patch))      # (B, c, h, w)
         skips = [h]
         for i, blocks in enumerate(self.down):
@@ -282,14 +283,20 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params, lr=4e-3, betas=(0.9, 0.99), momentum=0.95, weight_decay=0.01):
         defaults = dict(lr=lr, betas=betas, momentum=momentum, weight_decay=weight_decay)
         defaults["fused"] = True        # makes load_state_dict() move "step" to the device, too
-        params = list(params)
-        groups = params if params and isinstance(params[0], dict) else [{"params": params}]
-        alike = []
-        for group in groups:
-            kernels = [p for p in group["params"] if p.dim() == 4]
-            others = [p for p in group["params"] if p.dim() != 4]
-            alike += [group | {"params": same} for same in (kernels, others) if same]
-        super().__init__(alike, defaults)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, group):
+        """Kernels of convolutions become a group of their own. Called by __init__(), too."""
+        def is_kernel(p):
+            return (p[1] if isinstance(p, tuple) else p).dim() == 4     # or a name and p
+
+        params = group["params"]
+        params = [params] if torch.is_tensor(params) else list(params)
+        kernels = [p for p in params if is_kernel(p)]
+        others = [p for p in params if not is_kernel(p)]
+        for same in (kernels, others):
+            if same:
+                super().add_param_group(group | {"params": same})
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -204,23 +205,34 @@ def to_size(x, size):
 
 def load_npz(path, size):
     """arr_0 uint8 (N, H, W, C), and arr_1, labels (N,), if any: as sample.py writes them."""
-    with np.load(path) as arrays:                            # of which pickles are refused
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is no .npz archive")
+    with np.load(path) as arrays:
         if "arr_0" not in arrays:
             raise ValueError("it must hold pictures as arr_0, "
                              f"but holds {', '.join(arrays) or 'nothing'}")
-        y = arrays["arr_1"] if "arr_1" in arrays else None
-        names = arrays["classes"].tolist() if "classes" in arrays else None
-        x = arrays["arr_0"]
+        try:
+            x = arrays["arr_0"]
+            y = arrays["arr_1"] if "arr_1" in arrays else None
+            names = arrays["classes"] if "classes" in arrays else np.empty(0, str)
+        except ValueError:                                   # pickles, which could run any program
+            raise ValueError("its arrays must hold numbers or text, not Python objects") from None
     if x.dtype != np.uint8 or x.ndim != 4 or 0 in x.shape or x.shape[3] not in (1, 3, 4):
         raise ValueError("arr_0 must be uint8 pictures (N, H, W, C), C 1, 3 or 4, "
                          f"but is {x.dtype} {x.shape}")
     if y is not None and (y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < -1):
         raise ValueError(f"arr_1 must be {len(x)} labels, integers from 0, or -1 for none, "
                          f"but is {y.dtype} {y.shape}")
+    if names.dtype.kind == "S":                              # bytes, as h5py gives them
+        names = np.char.decode(names, "utf-8")
+    if names.dtype.kind != "U" or names.ndim != 1:
+        raise ValueError(f"classes must be names (K,), but is {names.dtype} {names.shape}")
     y = np.full(len(x), -1) if y is None else y
     occurring = [label for label in np.unique(y).tolist() if label >= 0]
     number = {-1: -1} | {label: i for i, label in enumerate(occurring)}
-    classes = [str(names[label] if names and label < len(names) else label) for label in occurring]
+    classes = [str(names[label] if label < len(names) else label) for label in occurring]
+    classes = [name if classes.count(name) == 1 else f"{name} {label}"       # ImageNet has two cranes
+               for name, label in zip(classes, occurring)]
 
     splitter, out = Splitter(len(x)), None
     mixed = np.random.default_rng(0).permutation(len(x))

@@ -76,7 +76,7 @@ class Splitter:
     def place(self, picture, label, name):
         """Where to write the picture, (C, H, W): its index."""
         crc = zlib.crc32(picture.tobytes())
-        self.checksum += zlib.crc32(f"{crc} {name}".encode())
+        self.checksum += zlib.crc32(os.fsencode(f"{crc} {name}"))
         if crc % 10 == 0:
             self.back -= 1
             i = self.back
@@ -105,13 +105,14 @@ def split(x, labels, n_train, classes, checksum):
 # ---- folders of pictures ----
 
 def natural(name):
-    """A key by which 2 sorts before 10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+    """A key by which 2 sorts before 10, and 01 before 1."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name
 
 
 def find_pictures(folder):
     """Files that may be pictures, in natural order, and a Counter of what else there is."""
-    known = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    known = {ending for ending, kind in Image.registered_extensions().items()
+             if kind in Image.OPEN and kind not in ("BUFR", "GRIB", "HDF5", "MPEG")}    # only named
     files, passed_over = [], Counter()
 
     def walk(place, above):
@@ -126,9 +127,9 @@ def find_pictures(folder):
         for entry in entries:
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 passed_over["hidden"] += 1
-            elif entry.is_dir():
+            elif os.path.isdir(entry.path):
                 walk(entry.path, [*above, here])
-            elif not entry.is_file():
+            elif not os.path.isfile(entry.path):
                 passed_over["broken link"] += 1
             elif Path(entry.name).suffix.lower() in known:
                 files.append(Path(entry.path))
@@ -155,9 +156,15 @@ def decode(path, size, background, shift=None):
                              "convert it to 8 or 16 bits")
         if picture.mode.startswith("I"):
             values = np.asarray(picture)
+            if values.min() < 0:
+                raise ValueError(f"its pixels have values down to {values.min()}: "
+                                 "convert it to 8 or 16 bits")
             if shift is None:
                 return int(values.max())
+            transparent = picture.info.get("transparency")
             picture = Image.fromarray((values >> shift).clip(0, 255).astype(np.uint8))
+            if transparent is not None:
+                picture.putalpha(Image.fromarray(255 * (values != transparent).astype(np.uint8)))
         if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             behind = Image.new("RGBA", picture.size, ImageColor.getrgb(background))
@@ -237,7 +244,8 @@ def load_folder(folder, data_dir, size, background):
         say("passed over: " + ", ".join(f"{n} {what}" for what, n in sorted(passed_over.items())))
     if not files:
         raise ValueError("no pictures there, such as .png or .jpg")
-    stamps = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    stamps = [(str(p.relative_to(folder)), s.st_size, s.st_mtime_ns, s.st_ctime_ns)
+              for p in files for s in [p.stat()]]
     stamp = hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
     what = str(folder.resolve()), size, background
     key = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
@@ -258,7 +266,7 @@ def load_folder(folder, data_dir, size, background):
 
 def keep(folder, files, size, background, about, stamp):
     """Read the files of a folder into one array on the disk, described by the JSON file about."""
-    files = sorted(files, key=lambda p: zlib.crc32(str(p.relative_to(folder)).encode()))    # mixed
+    files = sorted(files, key=lambda p: zlib.crc32(os.fsencode(p.relative_to(folder))))    # mixed
     names = [p.relative_to(folder).parts[0] if p.parent != folder else "" for p in files]
     classes = sorted({*names} - {""}, key=natural)
     number = {"": -1} | {name: i for i, name in enumerate(classes)}
@@ -283,12 +291,15 @@ def keep(folder, files, size, background, about, stamp):
             again, shift = list(deep), bits_too_many(deep.values())
             for i, picture in decode_all([files[i] for i in again], size, background, shift):
                 write(again[i], picture)
-    if grey:
-        colour = np.memmap(array, np.uint8, "r", shape=(len(files), *shape))
-        shape = 1, *shape[1:]
-        with atomic_write(array) as f:
+        if grey:                                             # in place, and never ahead of reading
+            f.flush()
+            colour = np.memmap(f.name, np.uint8, "r", shape=(len(files), *shape))
+            shape = 1, *shape[1:]
+            f.seek(0)
             for start in range(0, len(files), 1000):
                 f.write(colour[start:start + 1000, :1].tobytes())
+            del colour
+            f.truncate()
     facts = {"stamp": stamp, "file": array.name, "shape": [len(files), *shape],
              "classes": classes, "labels": splitter.labels.tolist(),
              "n_train": splitter.front, "checksum": splitter.checksum}

@@ -18,6 +18,7 @@ from torchvision.utils import save_image
 from configurator import explained, fail, say
 
 COLUMNS = "iteration,loss,learning_rate,pictures_per_s,held_out,quarter1,quarter2,quarter3,quarter4"
+WRITTEN = r"ckpt\.pt|ckpt-previous\.pt|log\.csv|sample-\d+\.png"     # what a run leaves in its folder
 CONTENT = {"method": str, "config": dict, "model_args": dict, "picture_shape": tuple,
            "data": dict, "iteration": int, "losses": torch.Tensor, "model": dict, "ema": dict,
            "optimizer": dict, "scaler": dict}
@@ -57,12 +58,19 @@ def holds_a_run(folder):
     return any(Path(folder).glob("ckpt*.pt"))
 
 
-def require_no_run(folder):
-    """Calls fail() if there is a checkpoint in the folder."""
+def require_room(folder, overwrite=False):
+    """Calls fail() if a run in the folder would replace another one, or what no run has written."""
     with explained(f"--out_dir={folder}: "):
-        if holds_a_run(folder):
+        log, runs = Path(folder, "log.csv"), holds_a_run(folder)
+        if runs and not overwrite:
             fail(f"{folder} holds a run: go on by --init_from=resume, "
                  "or add --overwrite or another --out_dir")
+        if runs or log.is_file() and log.read_text(errors="replace").startswith(COLUMNS):
+            return
+        others = [path.name for path in Path(folder).glob("*") if re.fullmatch(WRITTEN, path.name)]
+        if others:
+            fail(f"{folder} holds files that a run would replace, such as {min(others)}: "
+                 "choose another --out_dir")
 
 
 def save_checkpoint(path, **content):
@@ -140,7 +148,7 @@ def catch_stop_signals():
     def ask(number, frame):
         signal.signal(number, signal.SIG_DFL)
         requested.append(number)
-        if os.environ.get("RANK", "0") == "0":
+        if sys.stderr and os.environ.get("RANK", "0") == "0":
             message = b"stopping when the work at hand is done; a second signal stops at once\n"
             with contextlib.suppress(OSError):       # not print(), which this may interrupt
                 os.write(2, message)
@@ -198,7 +206,8 @@ class Run:
             fail(f"another run has written to {self.folder} meanwhile: start again")
         old = r"(ckpt.*|log\.csv.*|sample-\d+.*)\.tmp"      # left when a run is killed
         if not resumed:
-            old += r"|ckpt\.pt|ckpt-previous\.pt|sample-\d+\.png"
+            require_room(self.folder, overwrite)
+            old += "|" + WRITTEN
         for path in self.folder.iterdir():
             if re.fullmatch(old, path.name):
                 path.unlink(missing_ok=True)

@@ -189,8 +189,8 @@ out/cfm | cannot read the config file
 --n_samples=ten | expected int
 --n_samples=1.5 | expected int
 --n_samples=1000000000000000 | Unable to allocate
---batch_size=0 | not between 1
---batch_size=-1 | not between 1
+--batch_size=-2 | not between 0
+--batch_size=-1 | not between 0
 --steps=-1 | not between 0
 --steps=2.5 | expected int
 --steps=many | expected int

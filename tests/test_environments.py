@@ -73,6 +73,19 @@ def test_of_several_writers_of_a_file_the_last_one_wins_whole(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("overwrite", [True, False])
+@pytest.mark.parametrize("mine", ["sample-1.png", "log.csv"])
+def test_files_that_a_run_would_replace_are_spared_where_no_run_was(mine, overwrite, tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / mine).write_text("my,own")
+    args = [*TINY, "--max_iters=1", "--out_dir=x", f"--overwrite={overwrite}"]
+    refused("cfm", *args, cwd=tmp_path, message=f"a run would replace, such as {mine}")
+    assert (tmp_path / "x" / mine).read_text() == "my,own"
+    (tmp_path / "x" / mine).rename(tmp_path / "x" / "mine.txt")
+    (tmp_path / "x" / "log.csv").write_text(core.run.COLUMNS + "\n")    # a run killed early
+    here("cfm", *args, cwd=tmp_path)
+
+
 def test_overwriting_takes_away_only_what_a_run_wrote(tmp_path):
     here("cfm", *TINY, "--max_iters=1", "--out_dir=x", cwd=tmp_path)
     mine = ["sample-mine.png", "notes.txt", "ckpt-best.pt", "my.tmp"]

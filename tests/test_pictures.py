@@ -1,5 +1,7 @@
 """People's own pictures: what a folder or an .npz may hold, and what becomes of it."""
 
+import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -456,3 +458,181 @@ def test_60000_small_pictures_and_3000_photos(tmp_path, monkeypatch):
             seconds, share = map(float, out.stdout.splitlines()[-1].split())
             print(f"\n{folder}: {seconds:.1f} s, peak {share:.2f} times the finished array")
             assert seconds < limit and share < 1.3
+
+
+# ---- what a stranger tried ----
+
+def greys(folder, n=40):
+    for i in range(n):
+        picture(folder / f"{i}.png", (i, i, i))
+
+
+def test_a_second_reader_of_a_grey_folder_that_is_killed_leaves_the_first_ones_pictures(
+    tmp_path, monkeypatch
+):
+    """The colours of grey pictures were once written where the finished array lies."""
+    monkeypatch.chdir(tmp_path)
+    greys(tmp_path / "p")
+    load("p")
+    about = next((tmp_path / "kept" / "pictures").glob("*.json"))
+    stamp = json.loads(about.read_text())["stamp"]
+    files, _ = core.pictures.find_pictures(tmp_path / "p")
+    whole = core.pictures.atomic_write
+
+    @contextlib.contextmanager
+    def killed_before_the_description(path):
+        if path.suffix == ".json":
+            raise SystemExit
+        with whole(path) as f:
+            yield f
+
+    monkeypatch.setattr(core.pictures, "atomic_write", killed_before_the_description)
+    with pytest.raises(SystemExit):
+        core.pictures.keep(tmp_path / "p", files, 0, "white", about, stamp)
+    monkeypatch.setattr(core.pictures, "atomic_write", whole)
+    data = load("p")
+    assert {key[0] for key in all_of(data)} == set(range(40)) and data.train[0].shape[1] == 1
+
+
+def test_several_readers_of_a_grey_folder_get_it_whole(tmp_path):
+    greys(tmp_path / "p", 200)
+    code = (
+        "import torch; from core.data import load_data; "
+        f"d = load_data({str(tmp_path / 'p')!r}, {str(tmp_path / 'kept')!r}); "
+        "print(torch.cat([d.train[0], d.held_out[0]])[:, 0, 0, 0].double().sum().item())"
+    )
+    readers = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
+                                text=True) for _ in range(3)]
+    said = [reader.communicate(timeout=100)[0].splitlines()[-1] for reader in readers]
+    assert said == ["19900.0"] * 3
+
+
+@pytest.mark.parametrize("out_dir", ["pics", "pics/", "./pics"])
+def test_the_pictures_folder_is_no_folder_for_a_run(out_dir, tmp_path):
+    for i in range(12):
+        picture(tmp_path / "pics" / f"{i}.png", (i, 0, 0))
+    refused("cfm", "--dataset=pics", f"--out_dir={out_dir}", *T, cwd=tmp_path,
+            message="is the folder of the pictures")
+
+
+def test_two_classes_of_one_name_are_both_drawn(tmp_path):
+    x = np.random.default_rng(0).integers(0, 255, (20, 8, 8, 1), np.uint8)
+    names = np.array([b"crane", b"dog", b"crane"])           # bytes, as h5py gives them
+    np.savez(tmp_path / "x.npz", arr_0=x, arr_1=np.arange(20) % 3, classes=names)
+    here("cfm", "--dataset=x.npz", "--out_dir=r", *T, cwd=tmp_path)
+    assert checkpoint(tmp_path / "r")["data"]["classes"] == ["crane 0", "dog", "crane 2"]
+    sample("--out_dir=r", "--n_samples=6", "--save=s.npz", cwd=tmp_path)
+    assert np.load(tmp_path / "s.npz")["arr_1"].tolist() == [0, 1, 2, 0, 1, 2]
+
+
+@pytest.mark.parametrize("names", [np.array("cat"), np.array([["cat", "dog"]]), np.arange(2)])
+def test_classes_that_are_no_list_of_names_are_refused(names, tmp_path):
+    x = np.zeros((20, 8, 8, 1), np.uint8)
+    np.savez(tmp_path / "x.npz", arr_0=x, arr_1=np.arange(20) % 2, classes=names)
+    refused("cfm", "--dataset=x.npz", *T, cwd=tmp_path, message="classes must be names (K,)")
+
+
+def test_labels_beyond_64_bits_are_saved_by_name(tmp_path):
+    labels = np.array([2**63 + 5, 1] * 10, np.uint64)
+    np.savez(tmp_path / "x.npz", arr_0=np.zeros((20, 8, 8, 1), np.uint8), arr_1=labels)
+    here("cfm", "--dataset=x.npz", "--out_dir=r", *T, cwd=tmp_path)
+    sample("--out_dir=r", "--n_samples=4", "--save=s.npz", cwd=tmp_path)
+    saved = np.load(tmp_path / "s.npz")
+    assert saved["classes"][saved["arr_1"]].tolist() == ["1", str(2**63 + 5)] * 2
+
+
+def test_classes_that_are_one_number_stay_apart_and_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i, name in enumerate(["01", "1", "001", "2"]):
+        picture(tmp_path / "p" / name / "1.png", (i, 0, 0))
+    orders = set()
+    for hash_seed in range(4):
+        code = (f"from core.data import load_data; "
+                f"print(load_data({str(tmp_path / 'p')!r}, 'kept{hash_seed}').classes)")
+        env = os.environ | {"PYTHONHASHSEED": str(hash_seed), "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, text=True,
+                              capture_output=True, check=True)
+        orders.add(done.stdout.splitlines()[-1])
+    assert orders == {"['001', '01', '1', '2']"}
+    here("cfm", "--dataset=p", "--out_dir=r", *T, cwd=tmp_path)
+    sample("--out_dir=r", "--n_samples=4", "--save=s.npz", cwd=tmp_path)
+    assert np.load(tmp_path / "s.npz")["arr_1"].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems know no such names")
+@pytest.mark.parametrize("name", [b"cat/caf\xe9.png", b"caf\xe9/1.png"])
+def test_names_that_are_not_utf8_are_read(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    greys(tmp_path / "p" / "cat", 3)
+    target = os.path.join(os.fsencode(tmp_path / "p"), name)
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    os.rename(tmp_path / "p" / "cat" / "0.png", target)
+    for _ in range(2):                                       # read, then opened
+        assert len(load("p").train[0]) == 3
+    here("cfm", "--dataset=p", "--out_dir=r", *T, cwd=tmp_path)
+    sample("--out_dir=r", "--n_samples=2", "--save=s.npz", cwd=tmp_path)
+
+
+def test_pixels_below_zero_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p").mkdir()
+    values = np.linspace(-1000, -100, 64).astype(np.int32).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "p" / "a.tif")
+    with pytest.raises(ValueError, match="a.tif.*values down to -1000"):
+        load("p")
+
+
+def test_transparent_pixels_of_16_bits_show_the_background(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p").mkdir()
+    values = np.full((8, 8), 60000, np.uint16)
+    values[:4] = 0
+    Image.fromarray(values).save(tmp_path / "p" / "a.png", transparency=0)
+    x = load("p").train[0]
+    assert (x[0, 0, :4] == 255).all() and (x[0, 0, 4:] == 60000 >> 8).all()
+
+
+def test_a_link_to_itself_is_passed_over(pets, capsys):
+    before = all_of(load(pets))
+    (pets / "cat" / "self.png").symlink_to("self.png")
+    assert all_of(load(pets)) == before and "1 broken link" in capsys.readouterr().out
+
+
+def test_files_pillow_only_knows_the_names_of_are_passed_over(pets):
+    before = all_of(load(pets))
+    (pets / "labels.h5").write_bytes(b"x")
+    (pets / "clip.mpg").write_bytes(b"x")
+    assert all_of(load(pets)) == before
+
+
+def test_files_replaced_under_their_old_size_and_time_are_noticed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = []
+    for colour in (10, 20):
+        picture(tmp_path / "p" / "a.bmp", (colour, 0, 0))
+        os.utime(tmp_path / "p" / "a.bmp", (0, 0))           # as from a reproducible archive
+        found.append(load("p").train[0][0, 0, 0, 0].item())
+    assert found == [10, 20]
+
+
+@pytest.mark.parametrize("asked", ["Crab, king", "dog", "dog ", "caf\u00e9"])
+def test_classes_of_any_name_can_be_asked_for(asked, tmp_path):
+    classes = ["7", "Crab, king", "cafe\u0301", "dog "]
+    x = np.random.default_rng(0).integers(0, 255, (20, 8, 8, 1), np.uint8)
+    np.savez(tmp_path / "x.npz", arr_0=x, arr_1=np.arange(20) % 4, classes=np.array(classes))
+    here("cfm", "--dataset=x.npz", "--out_dir=r", *T, cwd=tmp_path)
+    sample("--out_dir=r", f"--labels={asked}", "--n_samples=2", "--save=s.npz", cwd=tmp_path)
+    expected = {"Crab, king": 1, "caf\u00e9": 2}.get(asked, 3)
+    assert np.load(tmp_path / "s.npz")["arr_1"].tolist() == [expected] * 2
+
+
+@pytest.mark.parametrize("content", ["npy", "git-lfs"])
+def test_what_is_no_npz_is_refused_without_advice_to_unpickle(content, tmp_path):
+    if content == "npy":
+        np.save(tmp_path / "x.npy", np.zeros(3))
+        (tmp_path / "x.npy").rename(tmp_path / "x.npz")
+    else:
+        (tmp_path / "x.npz").write_text("version https://git-lfs.github.com/spec/v1")
+    refused("cfm", "--dataset=x.npz", *T, cwd=tmp_path, message="it is no .npz archive")
+    np.savez(tmp_path / "x.npz", arr_0=np.zeros((9, 8, 8, 1), np.uint8), arr_1=np.array([None] * 9))
+    refused("cfm", "--dataset=x.npz", *T, cwd=tmp_path, message="not Python objects")

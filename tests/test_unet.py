@@ -1,9 +1,14 @@
 """The UNet: any size, any channels, times and labels matter, 0 predicted at first; and Muon."""
 
 import copy
+import math
 
 import pytest
 import torch
+
+import cfm
+import ddpm
+import sample
 
 from unet import Muon, Norm, UNet, newton_schulz, time_embedding
 
@@ -215,3 +220,46 @@ def test_muon_goes_on_from_its_state_and_leaves_alone_what_has_no_gradient():
         one.step(), other.step()
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
     assert torch.equal(a.label.weight, small(num_classes=3).label.weight)
+
+
+def test_muon_takes_named_parameters_and_groups_in_any_order():
+    """Kernels are orthogonalised, everything else goes by AdamW, whichever way they come."""
+    models = [small(num_classes=3) for _ in range(4)]
+    one = Muon(models[0].parameters())
+    named = Muon(models[1].named_parameters())
+    added = Muon([models[2].conv_in.bias])
+    rest = [p for p in models[2].parameters() if p is not models[2].conv_in.bias]
+    added.add_param_group({"params": rest[::-1]})
+    grouped = Muon([{"params": list(models[3].parameters()), "lr": 4e-3}])
+    for optimizer, model in zip((one, named, added, grouped), models):
+        torch.manual_seed(1)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        assert all(("square" in optimizer.state[p]) == (p.dim() != 4) for p in model.parameters())
+    for model in models[1:]:
+        for p, q in zip(model.parameters(), models[0].parameters()):
+            assert torch.allclose(p, q, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("script", [cfm, ddpm])
+def test_a_model_of_another_precision_trains_and_samples(script, dtype):
+    """The arithmetic around it is in single precision at least."""
+    model = small(num_classes=3).to(dtype)
+    method = script.build(model, vars(script) | {"n_steps": 5})
+    x, y = torch.rand(4, 1, 8, 8, dtype=dtype), torch.arange(4) % 3
+    method.loss(x, y).backward()
+    assert model.conv_in.weight.grad.dtype == dtype
+    for sampler in ("euler", "dpm++"):
+        for guidance in (1, 2):
+            drawn = sample.draw(method, torch.randn_like(x), y, sampler, 2, guidance)
+            assert drawn.shape == x.shape and drawn.isfinite().all()
+            assert drawn.dtype == torch.promote_types(dtype, torch.float32)
+
+
+def test_samplers_keep_double_precision():
+    """dx/dt = -x from 1 leads to exp(-1)."""
+    field = cfm.VelocityField(lambda t, x, y: -x, cfm.ConditionalFlowMatcher())
+    x = sample.draw(field, torch.ones(1, 1, dtype=torch.float64), sampler="rk4", steps=200)
+    assert abs(x.item() - math.exp(-1)) < 1e-11
