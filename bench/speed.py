@@ -216,7 +216,7 @@ if __name__ == "__main__":
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     if "cuda" in device:
         dtypes = ("bfloat16", "float32") if config["dtype"] == "auto" else (dtype,)
-        ways = (True, False) if config["compile"] == "auto" else (compiled,)
+        ways = (True, False) if compiled and config["compile"] == "auto" else (compiled,)
         for dtype, compiled in itertools.product(dtypes, ways):
             measure(script, config, device, dtype, compiled)
     else:
