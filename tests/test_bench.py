@@ -196,11 +196,14 @@ def test_a_step_of_speed_is_one_of_the_script(name, muon, grad_clip, classes, mo
     parts = ["batch", "forward", "backward", "clip", "optimizer", "average"]
     assert list(step.spent) == [part for part in parts if grad_clip or part != "clip"]
     assert all(len(times) == 20 for times in step.spent.values())
+    step.by_part = False
+    step()
+    assert all(len(times) == 20 for times in step.spent.values()) and step.iteration == 21
     assert step.optimizer.param_groups[0]["betas"] == (0.9, 0.9)
     assert any((a != b).any() for a, b in zip(before, step.model.parameters()))
     assert any((a != b).any() for a, b in zip(averaged, step.ema.parameters()))
     x, y = (torch.cat(parts) for parts in zip(*seen))
-    assert x.shape == (640, 1, 8, 8) and x.min() >= -1 and x.max() <= 1
+    assert x.shape == (672, 1, 8, 8) and x.min() >= -1 and x.max() <= 1
     assert set(y.tolist()) == set(range(-1, classes))
 
 
