@@ -4,7 +4,7 @@
 #   bash bench/gpu.sh FOLDER               # on a card; FOLDER must be new or empty
 #   bash bench/gpu.sh FOLDER --rehearse    # the same stages on a CPU, tiny, in three minutes
 #
-# --seconds=720     for everything, results included; 175 in a rehearsal
+# --seconds=720     for everything, results included; 178 in a rehearsal
 # --data_dir=data   holds MNIST and CIFAR-10: what is missing skips its stages
 # --only=REGEX      only the stages whose names match; one that draws needs the one that trains
 #
@@ -30,7 +30,7 @@ for option in "$@"; do
         *) folder=$option ;;
     esac
 done
-seconds=${seconds:-${rehearse:+175}} seconds=${seconds:-720}
+seconds=${seconds:-${rehearse:+178}} seconds=${seconds:-720}
 [[ $seconds =~ ^[0-9]+$ ]] || usage "--seconds=$seconds is not a number"
 [[ $folder ]] || usage "needs a folder for the results"
 mkdir -p "$folder" || exit 2
@@ -53,7 +53,8 @@ data=$scratch/data
 
 # ---- stages ----
 
-grace=15                           # seconds from SIGTERM, at which a script saves, to SIGKILL
+grace=${rehearse:+5}               # seconds from SIGTERM, at which a script saves, to SIGKILL
+grace=${grace:-15}
 deadline=$((seconds - grace - 5))  # the last 5 are for the results
 failed=0 running=""
 
@@ -85,7 +86,7 @@ stage() { # NAME LIMIT COMMAND...: at most LIMIT seconds of the command, its out
     fi
     echo "$name: $*"
     # each stage compiles again, so that its time is that of a first run
-    TORCHINDUCTOR_CACHE_DIR=$scratch/inductor/$name timeout --kill-after=$grace "$limit" "$@" \
+    TORCHINDUCTOR_CACHE_DIR=$scratch/inductor/$name timeout --kill-after="$grace" "$limit" "$@" \
         >"$logs/$name.log" 2>&1 &
     running=$!
     wait "$running"

@@ -156,7 +156,7 @@ def measure(script, config, device, dtype, compiled):
         step.by_part = True
         seconds(step, device, 1)
     else:
-        took = seconds(step, device, 10)
+        took = seconds(step, device, 5)
     one = {"t": torch.zeros(1, device=device), "x": torch.zeros(1, *shape, device=device)}
     flops = 3 * B * count_flops(step.ema, **one)
     parameters = sum(p.numel() for p in step.model.parameters())

@@ -337,7 +337,7 @@ def test_gpu_writes_its_results_at_a_deadline_and_at_sigterm(tmp_path):
     for name in ("deadline", "signal"):
         (tmp_path / name).mkdir()
         folder = tmp_path / name / "results"
-        process = gpu_sh(folder, *["--seconds=22"] if name == "deadline" else [])
+        process = gpu_sh(folder, *["--seconds=13"] if name == "deadline" else [])
         if name == "signal":
             assert process.stdout.readline().startswith("card: ")
             time.sleep(1)
