@@ -8,11 +8,12 @@ Where the time of a training step goes, and of sampling, beside what this machin
 The step is that of the script, on random pictures of the data set's shape; times are medians. The
 ceiling is the best of some large convolutions and matrix products, measured in the same run: what a
 network of this kind could reach if nothing but arithmetic took time. A step counts as three forward
-passes. On CUDA everything is measured with and without torch.compile, and in bfloat16 and float32;
-utilisation is of the ceiling in the same precision.
+passes. On CUDA everything is measured with and without torch.compile, and in bfloat16 and float32,
+unless --compile or --dtype chooses; utilisation is of the ceiling in the same precision.
 """
 import copy
 import importlib
+import itertools
 import resource
 import statistics
 import sys
@@ -74,8 +75,10 @@ class Step:
     """
     A step of the script's training, on random pictures of a shape (C, H, W), a call each.
 
-    spent holds the seconds of each part of it, a list with an entry for each call.
+    With by_part, spent holds the seconds of each part of it, a list with an entry for each call. On
+    CUDA the CPU then waits for the end of each part, which makes the whole slower.
     """
+    by_part = True
 
     def __init__(self, script, config, shape, num_classes, device, dtype, compiled):
         torch.manual_seed(0)
@@ -101,6 +104,8 @@ class Step:
 
     def part(self, name, f):
         """f(), its time being that of the part of this name."""
+        if not self.by_part:
+            return f()
         start = time.perf_counter()
         out = f()
         if "cuda" in self.device:
@@ -145,7 +150,13 @@ def measure(script, config, device, dtype, compiled):
     start = time.perf_counter()
     step()
     first = time.perf_counter() - start
-    took = seconds(step, device, 10)
+    if cuda:                                         # a script's loop does not wait for each step
+        step.by_part = False
+        took = seconds(lambda: [step() for _ in range(10)], device) / 10
+        step.by_part = True
+        seconds(step, device, 1)
+    else:
+        took = seconds(step, device, 5)
     one = {"t": torch.zeros(1, device=device), "x": torch.zeros(1, *shape, device=device)}
     flops = 3 * B * count_flops(step.ema, **one)
     parameters = sum(p.numel() for p in step.model.parameters())
@@ -160,9 +171,12 @@ def measure(script, config, device, dtype, compiled):
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiled:
         for _ in range(3):
             step()
-    ops = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total
-           for e in profiled.key_averages()}
-    total = sum(ops.values())
+    events = profiled.key_averages()
+    if cuda:
+        launches = sum(e.count for e in events if "LaunchKernel" in e.key) / 3
+        print(f"  launches of kernels: {launches:.0f} a step")
+    ops = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in events}
+    total = sum(ops.values()) or 1                   # 0 where the driver forbids profiling
     largest = sorted(ops.items(), key=lambda op: -op[1])[:8]
     print("  by operation: " + ", ".join(f"{name[:40].removeprefix('aten::')} {t / total:.0%}"
                                          for name, t in largest))
@@ -201,8 +215,9 @@ if __name__ == "__main__":
     device, dtype, compiled = choose_machine(config["device"], config["dtype"], config["compile"])
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     if "cuda" in device:
-        for dtype in ("bfloat16", "float32"):
-            for compiled in (True, False):
-                measure(script, config, device, dtype, compiled)
+        dtypes = ("bfloat16", "float32") if config["dtype"] == "auto" else (dtype,)
+        ways = (True, False) if compiled and config["compile"] == "auto" else (compiled,)
+        for dtype, compiled in itertools.product(dtypes, ways):
+            measure(script, config, device, dtype, compiled)
     else:
         measure(script, config, device, dtype, compiled)

@@ -1,11 +1,18 @@
 """The programs in bench/ at a small size: they run, and measure right what is known by hand."""
 
+import importlib
 import importlib.machinery
 import importlib.util
+import json
 import math
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -191,11 +198,14 @@ def test_a_step_of_speed_is_one_of_the_script(name, muon, grad_clip, classes, mo
     parts = ["batch", "forward", "backward", "clip", "optimizer", "average"]
     assert list(step.spent) == [part for part in parts if grad_clip or part != "clip"]
     assert all(len(times) == 20 for times in step.spent.values())
+    step.by_part = False
+    step()
+    assert all(len(times) == 20 for times in step.spent.values()) and step.iteration == 21
     assert step.optimizer.param_groups[0]["betas"] == (0.9, 0.9)
     assert any((a != b).any() for a, b in zip(before, step.model.parameters()))
     assert any((a != b).any() for a, b in zip(averaged, step.ema.parameters()))
     x, y = (torch.cat(parts) for parts in zip(*seen))
-    assert x.shape == (640, 1, 8, 8) and x.min() >= -1 and x.max() <= 1
+    assert x.shape == (672, 1, 8, 8) and x.min() >= -1 and x.max() <= 1
     assert set(y.tolist()) == set(range(-1, classes))
 
 
@@ -402,3 +412,122 @@ def test_the_network_of_fid():
         both, alone = network(to_input(x)), network(to_input(x[1:]))
     assert both.shape == (2, 2048) and both.min() >= 0 and both.mean() > 0.1
     assert torch.allclose(both[1], alone[0], atol=1e-4)
+# ---- gpu.sh ----
+
+def gpu_sh(folder, *args, failing="nothing"):
+    """A rehearsal without data, in which python3 fails for the script named failing."""
+    python3 = folder.parent / "bin" / "python3"
+    python3.parent.mkdir()
+    python3.write_text(f'#!/bin/sh\n[ "$1" = {failing} ] && echo injected && exit 3\n'
+                       f'exec {sys.executable} "$@"\n')
+    python3.chmod(0o755)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHON"}
+    environment["PATH"] = f"{python3.parent}:{environment['PATH']}"
+    command = ["bash", str(ROOT / "bench" / "gpu.sh"), str(folder), "--rehearse",
+               f"--data_dir={folder.parent / 'data'}", *args]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=environment)
+
+
+def gpu_results(folder, said):
+    """The stages of gpu.json, after checking that FOLDER and the table have the same."""
+    found = json.loads((folder / "gpu.json").read_text())
+    rows = [row.strip("| ").split(" | ") for row in said.splitlines() if row.startswith("|")]
+    for name, stage in found["stages"].items():
+        assert [name, str(stage["seconds"]), stage["ended"]] in rows
+        assert set(stage["figures"]) <= {row[1] for row in rows if row[0] == name}
+    files = list(folder.iterdir())
+    assert len(files) <= 8 and max(file.stat().st_size for file in files) < 16e6
+    with tarfile.open(folder / "logs.tgz") as tar:
+        names = tar.getnames()
+    assert "logs/table.md" in names and found["rehearsal"]
+    for name, stage in found["stages"].items():
+        assert stage["ended"].startswith("skipped") or f"logs/{name}.log" in names
+    return found["stages"]
+
+
+needs_bash = pytest.mark.skipif(
+    not (shutil.which("bash") and shutil.which("timeout")), reason="needs bash and timeout"
+)
+
+
+@needs_bash
+@pytest.mark.slow
+def test_gpu_rehearsed_and_a_stage_that_fails_does_not_stop_the_next(tmp_path):
+    folder = tmp_path / "results"
+    process = gpu_sh(folder, "--seconds=400", failing="ddpm.py")
+    said, _ = process.communicate(timeout=500)
+    stages = gpu_results(folder, said)
+    assert process.returncode == 1
+    missing = {name for name, stage in stages.items() if stage["ended"].startswith("skipped")}
+    failed = {name for name, stage in stages.items() if stage["ended"].startswith("failed")}
+    assert failed == {"ddpm", "ddpm-eager"}
+    assert stages["ddpm"]["ended"] == "failed, exit code 3: injected"
+    assert missing - {"one_step"} == {"ddpm-digits", "quality"}
+    done = set(stages) - missing - failed
+    assert {"card", "smoke", "adamw", "adamw-patch1", "float16", "cfm", "cfm-digits", "cfm-eager",
+            "speed-default", "speed-cifar10", "cifar10", "cifar10-1", "cifar10-2"} <= done
+    assert all(stages[name]["ended"] == "done" and stages[name]["figures"] for name in done)
+    assert stages["float16"]["figures"]["settings"] == "cpu, float16, not compiled"
+    run = stages["cfm"]["figures"]
+    assert run["iterations"] == 20 and run["pictures/s"] > 0
+    assert 0 < run["seconds to the first grid"] <= run["seconds in all"] + 1
+    assert stages["cfm-digits"]["figures"]["pictures"] == 200
+    assert stages["speed-cifar10"]["figures"]["ms a step"] > 0
+    grids = {"cfm.png", "cifar10.png", "cifar10-1.npz", "cifar10-2.npz"}
+    one_step = {"one_step.png"} if "one_step" in done else set()
+    assert {path.name for path in folder.iterdir()} == grids | one_step | {"gpu.json", "logs.tgz"}
+    halves = [np.load(folder / f"cifar10-{i}.npz")["arr_0"] for i in (1, 2)]
+    assert halves[0].shape[1:3] == (32, 32) and (halves[0] != halves[1]).any()
+
+
+@needs_bash
+@pytest.mark.slow
+def test_gpu_writes_its_results_at_a_deadline_and_at_sigterm(tmp_path):
+    for name in ("deadline", "signal"):
+        (tmp_path / name).mkdir()
+        folder = tmp_path / name / "results"
+        process = gpu_sh(folder, *["--seconds=13"] if name == "deadline" else [])
+        if name == "signal":
+            assert process.stdout.readline().startswith("card: ")
+            time.sleep(1)
+            process.send_signal(signal.SIGTERM)
+        start = time.monotonic()
+        said, _ = process.communicate(timeout=100)
+        assert time.monotonic() - start < 40
+        stages = gpu_results(folder, said)
+        endings = {stage["ended"] for stage in stages.values()}
+        stopped = "stopped: out of time" if name == "deadline" else "stopped by a signal"
+        assert stages["card"]["ended"] == stopped and process.returncode == 0
+        assert "skipped: no time left" in endings and "done" not in endings
+
+
+@needs_bash
+def test_gpu_refuses_in_one_line(tmp_path):
+    (tmp_path / "old").write_text("")
+    for args, message in [([], "needs a folder"), ([tmp_path], "is not empty"),
+                          ([tmp_path / "new", "--second=3"], "unknown option --second=3"),
+                          ([tmp_path / "new", "--seconds=x"], "is not a number")]:
+        done = subprocess.run(["bash", ROOT / "bench" / "gpu.sh", *args], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_gpu_reads_what_speed_says_of_a_card():
+    from gpu import read_speed
+
+    log = ""
+    for compiled, ms in (("compiled", 2.0), ("not compiled", 8.5)):
+        log += (
+            f"\nmnist, batch 64, 369,484 parameters, on cuda:0, bfloat16, {compiled}\n"
+            f"  a step: 9.0 GFLOP, {ms} ms (the first: 31.0 s), 32000 pictures/s, 4500 GFLOP/s, "
+            "1% of the ceiling of 600000\n  of a step: batch 0.1 ms\n"
+            "  launches of kernels: 298 a step\n  by operation: conv 9%\n"
+            "  100 pictures by dpm++, 5 steps: 0.02 s; peak memory 210 MiB on the device\n"
+        )
+    figures = read_speed(log, None, 0)
+    assert figures["bfloat16, compiled: ms a step"] == 2
+    assert figures["bfloat16, not compiled: ms a step"] == 8.5
+    assert figures["bfloat16, compiled: launches a step"] == 298
+    assert figures["bfloat16, compiled: ceiling, GFLOP/s"] == 600000
+    assert len(figures) == 2 * 9
