@@ -504,7 +504,9 @@ if __name__ == "__main__":
         restore(checkpoint, model=model, ema=ema, optimizer=optimizer, scaler=scaler)
         losses += checkpoint["losses"].to(device)
         it = checkpoint["iteration"]
-    net = torch.compile(model) if compile else model
+    # As CUDA graphs, all kernels of a pass are launched at once. Gradients must not outlive a pass.
+    alone = world_size == gradient_accumulation_steps == 1
+    net = torch.compile(model, mode="reduce-overhead" if alone else None) if compile else model
     if world_size > 1:
         net = torch.nn.parallel.DistributedDataParallel(net)
     trained, averaged = build(net, config, device), build(ema, config, device)

@@ -137,7 +137,7 @@ fi
 
 # 1. Does it work at all?
 stage card 60 "$python" bench/gpu.py card $device
-stage smoke 130 "$python" -m pytest -q -p no:cacheprovider test_smoke.py -k cuda
+stage smoke 200 "$python" -m pytest -q -p no:cacheprovider test_smoke.py -k cuda
 if [[ ${mnist[*]} ]]; then
     quick=(--max_iters=50 --compile=false "${mnist[@]}")
     train adamw 30 cfm "${quick[@]}" --muon=false
