@@ -67,7 +67,8 @@ path = "icfm"             # from noise to data: icfm, ot, target, vp, sb or sb_e
 sigma = 0.0               # width of the path around its mean; sb needs one, such as 0.5
 t_mean = -0.4             # training times are sigmoid(N(t_mean, 1)); t = 0 is noise
 t_uniform = 0.0           # fraction of each batch with uniform times instead
-sampler = "dpm++"         # or ddim, euler, midpoint, heun, rk4, dopri5: see sample.py
+spans = 0.0               # fraction of a batch to learn mean velocities with: config/one_step.py
+sampler = "dpm++"         # ddim, euler, midpoint, heun, rk4, dopri5, or meanflow: see sample.py
 sample_steps = 5          # midpoint and heun evaluate the model twice a step, rk4 four times
 guidance = 1.0            # guidance scale: 0 unconditional, 1 conditional, above 1 stronger
 # -----------------------------------------------------------------------------
@@ -270,27 +271,67 @@ class VelocityField:
     v_model            is called as v_model(t=t, x=xt, y=y), and returns a tensor shaped like xt
     matcher            a ConditionalFlowMatcher: the paths to train on
     t_mean, t_uniform  the distribution of training times, see draw_times(); by default uniform
+    spans              fraction of a batch to train mean velocities with: v_model is then asked for
+                       these by spans of time (t, s), (B, 2), in place of t
 
     x0 and x1 are (B, *dim), t is (B,) in [0, 1]. Labels y are long (B,), -1 for none, or None.
     """
 
-    def __init__(self, v_model, matcher, t_mean=0.0, t_uniform=1.0):
+    def __init__(self, v_model, matcher, t_mean=0.0, t_uniform=1.0, spans=0.0):
         self.v_model = v_model
         self.matcher = matcher
         self.straight = matcher.straight
         self.t_mean = t_mean
         self.t_uniform = t_uniform
+        self.spans = spans
 
     def loss(self, x1, y=None, noise=None, u=None):
         """E |v(t, xt) - ut|^2 for pictures x1. The noise x0 and times u (B,) are drawn unless given."""
+        if self.spans and u is None:
+            return self.meanflow_loss(x1, y, noise)
         u = draw_times(len(x1), self.t_mean, self.t_uniform, x1.device) if u is None else u
         t = u.clamp(self.matcher.margin, 1 - self.matcher.margin)
         x0 = self.matcher.sample_noise_like(x1) if noise is None else noise
         t, xt, ut = self.matcher.sample_location_and_conditional_flow(x0, x1, t, y=y)
         return (self.velocity(t, xt, y) - ut).square().mean()
 
+    def draw_spans(self, n, device="cpu"):
+        """Training spans from t to s >= t, (n,) each: some from the noise or to the data, most t = s."""
+        t, k = draw_times(n, self.t_mean, self.t_uniform, device), round(self.spans * n)
+        other = draw_times(k, self.t_mean, self.t_uniform, device)
+        start, end = torch.minimum(t[:k], other), torch.maximum(t[:k], other)
+        start = torch.where(torch.rand_like(start) < 0.15, 0, start)
+        end = torch.where(torch.rand_like(end) < 0.3, 1, end)
+        t, s = torch.cat([start, t[k:]]), torch.cat([end, t[k:]])
+        return [v.clamp(self.matcher.margin, 1 - self.matcher.margin) for v in (t, s)]
+
+    def meanflow_loss(self, x1, y=None, noise=None, step=0.05):
+        """
+        MeanFlow, Geng et al. 2025 (arXiv 2505.13447): learns u(x_t, t, s), the mean of v from t to s.
+
+        As (s - t) u is the integral of v, its derivative in t along the flow gives
+            v = u - (s - t) du/dt,
+        which is regressed on ut as ever (arXiv 2512.02012); where s = t, that is the loss above.
+        du/dt is a difference over a small step of the model's own v, and takes no gradient.
+        """
+        t, s = self.draw_spans(len(x1), x1.device)
+        x0 = self.matcher.sample_noise_like(x1) if noise is None else noise
+        t, xt, ut = self.matcher.sample_location_and_conditional_flow(x0, x1, t, y=y)
+        u = self.velocity(torch.stack([t, s], 1), xt, y)
+
+        k = round(self.spans * len(x1))              # those with a span come first
+        with torch.no_grad():
+            t, s, x, label = t[:k], s[:k], xt[:k], None if y is None else y[:k]
+            dt = (s - t).clamp(1e-4, step)
+            v = self.velocity(torch.stack([t, t], 1), x, label)
+            ahead = torch.stack([t + dt, s], 1), x + expand_like(dt, x) * v
+            slope = (self.velocity(*ahead, label) - u[:k]) / expand_like(dt, x)
+            target = torch.cat([ut[:k] + expand_like(s - t, x) * slope, ut[k:]])
+        error = (u - target).square().flatten(1).mean(1)
+        return (error / (error.detach() + 0.05)).mean()      # the paper's adaptive weight
+
     def velocity(self, tau, z, y=None, guidance=1.0, clip=False):
-        """v(t, x) at t = tau (B,) and x = z (B, *dim). clip is unused: ddpm.py's velocity needs it."""
+        """v(t, x) at t = tau (B,) and x = z (B, *dim); with spans tau (B, 2), the mean velocity u."""
         return classifier_free_guidance(self.v_model, tau, z, y, guidance)
 
     @torch.no_grad()
@@ -322,15 +363,17 @@ class VelocityField:
 def build(model, config, device="cpu"):
     """Wrap a model, called with t in [0, 1], in the method that the options of a run describe."""
     matcher = PATHS[config["path"]](config["sigma"])
-    return VelocityField(model, matcher, config["t_mean"], config["t_uniform"])
+    return VelocityField(model, matcher, config["t_mean"], config["t_uniform"], config["spans"])
 
 
 FIXED = ["path", "sigma"]                        # options that cannot change on resume
 LIMITS = {                                       # what options may be: (least, most), or a choice
     "path": list(PATHS),
     "sigma": (0, math.inf),
-    "sampler": ["dpm++", "ddim", "euler", "midpoint", "heun", "rk4", "dopri5"],
+    "spans": (0, 1),
+    "sampler": ["dpm++", "ddim", "euler", "midpoint", "heun", "rk4", "dopri5", "meanflow"],
 }
+ARCHITECTURE = ["spans"]                         # options that the model is built with, too
 
 
 # ---- the rest is the same in ddpm.py and cfm.py; the options are globals ----
@@ -446,7 +489,7 @@ def check_options(config):
         fail(f"--guidance={guidance} needs the unconditional model: a --label_dropout above 0")
 
 
-ARCHITECTURE = ["channels", "channel_mults", "n_res_blocks", "attention_levels", "dropout", "patch"]
+ARCHITECTURE += ["channels", "channel_mults", "n_res_blocks", "attention_levels", "dropout", "patch"]
 FIXED += ["image_size", "conditional", "muon", "adam_beta2", *ARCHITECTURE]
 
 if __name__ == "__main__":

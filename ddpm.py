@@ -313,6 +313,7 @@ LIMITS = {                                       # what options may be: (least, 
     "variance": VARIANCES,
     "sampler": ["dpm++", "ancestral", "ddim", "euler", "midpoint", "heun", "rk4", "dopri5"],
 }
+ARCHITECTURE = []                                # options that the model is built with, too
 
 
 # ---- the rest is the same in ddpm.py and cfm.py; the options are globals ----
@@ -428,7 +429,7 @@ def check_options(config):
         fail(f"--guidance={guidance} needs the unconditional model: a --label_dropout above 0")
 
 
-ARCHITECTURE = ["channels", "channel_mults", "n_res_blocks", "attention_levels", "dropout", "patch"]
+ARCHITECTURE += ["channels", "channel_mults", "n_res_blocks", "attention_levels", "dropout", "patch"]
 FIXED += ["image_size", "conditional", "muon", "adam_beta2", *ARCHITECTURE]
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ n_samples = 100           # pictures to draw, or held-out pictures to take
 save = "auto"             # x.png: a grid; x.gif: a frame per evaluation; x.npz: arr_0, uint8
 #                           (N, H, W, C), and arr_1, labels (N,); x: a folder of PNGs;
 #                           auto: a grid in out_dir
-sampler = "auto"          # euler, midpoint, heun, rk4, dopri5, ddim, dpm++ or ancestral; auto: that
-#                           of the run's grids, but rk4 to reconstruct, dopri5 for a likelihood
+sampler = "auto"          # euler, midpoint, heun, rk4, dopri5, meanflow, ddim, dpm++ or ancestral;
+#                           auto: that of the run's grids, but rk4 to reconstruct, dopri5 for a likelihood
 steps = 0                 # 0: as many as the run's grids have, but 20 to reconstruct and for a
 #                           likelihood; ancestral takes all, dopri5 as many as it needs
 eta = 0.0                 # noise in a step of ddim: from 0, none, to 1, as ancestral with fixedsmall
@@ -155,6 +155,17 @@ def dopri5(v, z, taus, atol=1e-4, rtol=1e-4):
     return z
 
 
+def meanflow(v, z, taus):
+    """
+    Of mean velocities: from t to s in one evaluation, however far that is.
+
+    Geng et al. 2025 (arXiv 2505.13447), section 4.2. The model must have learned them: cfm.py --spans.
+    """
+    for t, s in pairwise(taus):
+        z = z + (s - t) * v((t, s), z)
+    return z
+
+
 # ---- samplers of straight paths ----
 
 def predictions(tau, z, v, clip):
@@ -199,27 +210,32 @@ def dpm_solver(v, z, taus, clip=True):
 
 
 SAMPLERS = {"euler": euler, "midpoint": midpoint, "heun": heun, "rk4": rk4, "dopri5": dopri5,
-            "ddim": ddim, "dpm++": dpm_solver}
+            "meanflow": meanflow, "ddim": ddim, "dpm++": dpm_solver}
 STRAIGHT = ["ddim", "dpm++"]                                 # need predictions, so a straight path
 LOOK_AHEAD = ["midpoint", "heun", "rk4", "dopri5"]           # want steps of even length
 REVERSIBLE = ["euler", *LOOK_AHEAD]
 
 
 def check_sampler(sampler, method):
-    """ValueError if the sampler needs a straight path and the method has a curved one."""
+    """ValueError if the sampler needs a straight path, or mean velocities, and the method has none."""
     if sampler in STRAIGHT and not method.straight:
         raise ValueError(f"--sampler={sampler} is for straight paths, and this one is curved: "
                          "add --sampler=euler")
+    if sampler == "meanflow" and not getattr(method, "spans", 0):
+        raise ValueError("--sampler=meanflow needs a model of mean velocities: train one with --spans, "
+                         "as config/one_step.py does")
 
 
 def times(method, sampler, steps=2):
     """The method's times between which the sampler steps. dopri5 looks only at the first and last."""
-    return method.times(2 if sampler == "dopri5" else steps, even=sampler in LOOK_AHEAD)
+    return method.times(2 if sampler == "dopri5" else steps, even=sampler in [*LOOK_AHEAD, "meanflow"])
 
 
 def flow(method, y=None, guidance=1.0, clip=False, interval=(0.0, 1.0), watch=None):
     """
-    The method's velocity as a function v(tau, z), tau a number or (B,), for labels y (B,) or None.
+    The method's velocity as a function v(tau, z), for labels y (B,) or None.
+
+    tau is a number or (B,), or for a mean velocity a pair of numbers, the two ends of a span.
 
     Guidance acts where tau is in the interval (Kynkaanniemi et al. 2024, arXiv 2404.07724).
     watch(tau, z), if given, is called at each evaluation.
@@ -227,10 +243,13 @@ def flow(method, y=None, guidance=1.0, clip=False, interval=(0.0, 1.0), watch=No
     def v(tau, z):
         if watch:
             watch(tau, z)
+        span = isinstance(tau, tuple)
         everywhere = tuple(interval) == (0, 1)
-        scale = guidance if everywhere or interval[0] <= tau <= interval[1] else 1.0
+        at = tau[0] if span else tau
+        scale = guidance if everywhere or interval[0] <= at <= interval[1] else 1.0
         dtype = torch.promote_types(z.dtype, torch.float32)
-        tau = torch.as_tensor(tau, dtype=dtype, device=z.device).expand(len(z))
+        tau = torch.as_tensor(tau, dtype=dtype, device=z.device)
+        tau = tau.expand(len(z), 2) if span else tau.expand(len(z))
         return method.velocity(tau, z, y, scale, clip)
 
     return v

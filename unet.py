@@ -2,7 +2,7 @@
 A small UNet for diffusion models: model(t, x, y) -> a tensor like x.
 
 Shapes, once and for all:  B pictures, C channels of H x W pixels.
-    t  (B,)          float, the time: from 0 to 1
+    t  (B,)          float, the time: from 0 to 1; or a span of time, (B, 2)
     x  (B, C, H, W)  float, any H and W
     y  (B,)          long: a class in [0, num_classes), or -1 for no label
 
@@ -40,15 +40,16 @@ def zero_init(layer):
     return layer
 
 
-def time_embedding(t, dim, max_period=10_000):
+def time_embedding(t, dim, highest=1000, max_period=10_000):
     """
-    Cosines and sines of 1000 t at frequencies from 1 to 1 / max_period: (B,) -> (B, dim), dim even.
+    Cosines and sines of t at frequencies from highest down to highest / max_period: (B,) -> (B, dim).
 
-    The frequencies are meant for t = 1 ... 1000: without the factor, all t in [0, 1] look alike.
+    dim is even. The usual frequencies are meant for t = 1 ... 1000: without that factor, all t in
+    [0, 1] look alike.
     """
     i = torch.arange(dim // 2, device=t.device)
     frequency = torch.exp(-math.log(max_period) * i / (dim // 2))
-    angle = 1000 * t[:, None] * frequency                       # (B, dim / 2)
+    angle = highest * t[:, None] * frequency                    # (B, dim / 2)
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
@@ -117,12 +118,14 @@ class UNet(nn.Module):
     dropout           in [0, 1], inside the residual blocks
     patch             patch x patch pixels are folded into channels: 2 works at half resolution
     num_classes       0 for a model without labels
+    spans             whether t may also be a span of time from t[:, 0] to t[:, 1]; then the model
+                      is smooth in time, so that it can be differentiated
 
     Raises ValueError where channels is odd or attention_levels names a level that does not exist.
     """
 
     def __init__(self, in_channels=1, channels=24, channel_mults=(1, 2), n_res_blocks=1,
-                 attention_levels=(2,), dropout=0.0, patch=2, num_classes=0):
+                 attention_levels=(2,), dropout=0.0, patch=2, num_classes=0, spans=False):
         super().__init__()
         levels = len(channel_mults)
         if channels % 2:
@@ -138,6 +141,10 @@ class UNet(nn.Module):
         emb = 4 * channels
 
         self.time = nn.Sequential(nn.Linear(channels, emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.span = None
+        if spans:
+            last = zero_init(nn.Linear(emb, emb))
+            self.span = nn.Sequential(nn.Linear(channels, emb), nn.SiLU(), last)
         self.label = nn.Embedding(1 + num_classes, emb) if num_classes else None    # 0: no label
         self.conv_in = nn.Conv2d(in_channels * patch**2, channels, 3, padding=1)
 
@@ -177,7 +184,12 @@ class UNet(nn.Module):
     def forward(self, t, x, y=None):
         H, W = x.shape[-2:]
         dtype = self.conv_in.weight.dtype
-        emb = self.time(time_embedding(t, self.channels).to(dtype))     # (B, emb)
+        if self.span is None:
+            emb = self.time(time_embedding(t, self.channels).to(dtype))             # (B, emb)
+        else:
+            t, s = t.unbind(1) if t.dim() == 2 else (t, t)
+            of_t, of_span = [time_embedding(v, self.channels, 30, 300).to(dtype) for v in (t, s - t)]
+            emb = self.time(of_t) + self.span(of_span)
         if self.label is not None:
             if y is None:
                 y = torch.full_like(t, -1, dtype=torch.long)
