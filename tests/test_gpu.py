@@ -45,6 +45,7 @@ SCRIPTS = {"ddpm": ddpm, "cfm": cfm}
 DEFAULT = {"num_classes": 10}
 CIFAR10 = {"in_channels": 3, "channels": 128, "channel_mults": (1, 2, 2, 2), "n_res_blocks": 2,
            "attention_levels": (1, 4), "patch": 1, "dropout": 0.1}
+SPANS = DEFAULT | {"spans": 0.5}
 NO_LAUNCH = ("view", "_unsafe_view", "expand", "transpose", "permute", "unbind", "split", "slice",
              "select", "detach", "alias", "empty", "empty_like", "empty_strided", "device", "chunk",
              "unsqueeze", "squeeze", "t", "as_strided", "split_with_sizes", "_reshape_alias")
@@ -109,19 +110,21 @@ def gradients(model):
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("muon", [True, False])
-@pytest.mark.parametrize("shape", [DEFAULT, CIFAR10], ids=["default", "cifar10"])
+@pytest.mark.parametrize("shape", [DEFAULT, CIFAR10, SPANS], ids=["default", "cifar10", "spans"])
 def test_two_steps_of_training_mix_no_devices_and_wait_for_nothing(
     script, dtype, muon, shape, fake, monkeypatch
 ):
+    if shape is SPANS and script == "ddpm":
+        pytest.skip("only cfm.py has spans")
     script = SCRIPTS[script]
     monkeypatch.setattr(script, "flip", True)
-    model, method = on_cuda(script, shape)
+    model, method = on_cuda(script, shape, {"spans": shape.get("spans", 0)})
     ema = copy.deepcopy(model)
     if muon:
         optimizer = Muon(model.parameters())
     else:
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    side = 28 if shape is DEFAULT else 32
+    side = 32 if shape is CIFAR10 else 28
     pictures = torch.empty(1000, shape.get("in_channels", 1), side, side, dtype=torch.uint8,
                            device="cuda")
     labels = torch.zeros(1000, dtype=torch.long, device="cuda")
@@ -228,7 +231,7 @@ def test_a_compiled_step_takes_at_most_300_launches():
     """
     The compiled model's calls of kernels, as compiled here for the CPU, and the rest as counted.
 
-    On a GPU, kernels may be fused otherwise.
+    On a GPU, fusion differs: an H200 launched 604, and 78 as CUDA graphs, see bench/README.md.
     """
     code = """
 import re, torch, cfm
