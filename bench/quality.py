@@ -16,6 +16,9 @@ gives
     coverage     the share of test images with a drawn one nearer, in features, than their fifth
                  nearest among themselves (Naeem et al. 2020, arXiv 2002.09797); the floor's row
                  says what to hope for
+    teaches      with --teach=4: the share of the test set that another classifier knows that was
+                 trained on these pictures alone, for four epochs (Ravuri & Vinyals 2019, arXiv
+                 1905.10887: classification accuracy score). It needs labels, and no judge
     counts       how many are taken for a 0, a 1, ... a 9
 The floor's pictures are those that the classifier was trained with, so some of it is what it
 learned by heart. Fewer than 10,000 pictures are judged too, but the distance then comes out larger:
@@ -40,9 +43,10 @@ from core.run import save_checkpoint
 data_dir = "data"            # of MNIST, and of the classifier once trained
 judge_seed = 0               # of another judge: to check that a result is not this one's taste
 judge_epochs = 6
+teach = 0                    # epochs of the classifiers that learn from the files; 0: none
 device = "cpu"
 # -----------------------------------------------------------------------------
-LIMITS = {"judge_epochs": (1, math.inf), "judge_seed": (0, 2**63 - 1)}
+LIMITS = {"judge_epochs": (1, math.inf), "teach": (0, math.inf), "judge_seed": (0, 2**63 - 1)}
 
 
 class Judge(nn.Module):
@@ -89,10 +93,11 @@ def jitter(x):
     return F.grid_sample(x + 1, grid, align_corners=False) - 1
 
 
-def train(x, y, seed, epochs, batch_size=256, lr=5e-3):
+def train(x, y, seed, epochs, batch_size=256, lr=5e-3, name="the judge"):
     """A judge trained on digits x uint8 (N, 1, 28, 28), their classes y (N,)."""
     torch.manual_seed(seed)
     judge = Judge().to(x.device, memory_format=torch.channels_last)
+    batch_size = min(batch_size, len(x))
     batches = len(x) // batch_size                # whole ones, in an epoch
     optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * batches)
@@ -103,7 +108,7 @@ def train(x, y, seed, epochs, batch_size=256, lr=5e-3):
             loss.backward()
             optimizer.step()
             schedule.step()
-        print(f"training the judge: epoch {epoch + 1} of {epochs}, loss {loss.item():.4f}",
+        print(f"training {name}: epoch {epoch + 1} of {epochs}, loss {loss.item():.4f}",
               flush=True)
     return judge.eval()
 
@@ -196,11 +201,17 @@ if __name__ == "__main__":
     print(f"the judge knows {(classes == y_test).float().mean():.2%} of the test set")
     floor = np.mean(floors(judge, real, x_train))
     print(f"{'':40} {'pictures':>8} {'distance':>9} {'x floor':>8} {'recognised':>10} "
-          f"{'coverage':>8}  counts")
-    drawn = {"10,000 training images": (x_train[:10_000], y_train[:10_000])} | drawn
+          f"{'coverage':>8} {'teaches':>8}  counts")
+    sizes = {10_000} | ({min(len(x), len(x_train)) for x, _ in drawn.values()} if teach else set())
+    drawn = {f"{n:,} training images": (x_train[:n], y_train[:n]) for n in sorted(sizes)} | drawn
     for name, (x, y) in drawn.items():
-        y = None if y is None else y.to(device)
-        distance, recognised, covered, counts = verdict(judge, real, x.to(device), y)
+        x, y = x.to(device), None if y is None else y.to(device)
+        distance, recognised, covered, counts = verdict(judge, real, x, y)
+        taught = math.nan
+        if teach and y is not None:
+            pupil = train(x, y, judge_seed, teach, name=f"on {name}")
+            taught = (look(pupil, x_test)[1] == y_test).double().mean().item()
         print(f"{name[-40:]:40} {len(x):8} {distance:9.3f} {distance / floor:8.2f} "
-              f"{recognised:10.2%} {covered:8.2%}  " + " ".join(map(str, counts)), flush=True)
+              f"{recognised:10.2%} {covered:8.2%} {taught:8.2%}  " + " ".join(map(str, counts)),
+              flush=True)
     print(f"the floor, the mean of six times 10,000 training images: {floor:.3f}")
