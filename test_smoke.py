@@ -509,7 +509,7 @@ def test_one_file_copied_into_another_project_works(tmp_path):
         (
             "cfm",
             ["--sampler=ancestral"],
-            "expected dpm++, ddim, euler, midpoint, heun, rk4, dopri5, not 'ancestral'",
+            "expected dpm++, ddim, euler, midpoint, heun, rk4, dopri5, meanflow, not 'ancestral'",
         ),
         ("cfm", ["--init_from=resume"], "no whole checkpoint"),
         ("cfm", ["--path=sb"], "a Schroedinger bridge needs a sigma above 0"),

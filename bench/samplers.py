@@ -153,6 +153,7 @@ if __name__ == "__main__":
         model.load_state_dict(checkpoint["ema"])
         method = script.build(model, config, device)
         left_out = ["dopri5", "ancestral"] + (STRAIGHT if not method.straight else [])
+        left_out += [] if config.get("spans") else ["meanflow"]
         samplers = [s for s in script.LIMITS["sampler"] if s not in left_out]
         print(f"{run}, iteration {checkpoint['iteration']}:", flush=True)
         results[run] = curves(method, model, checkpoint["method"] == "ddpm", samplers, judged)

@@ -247,7 +247,7 @@ def test_muon_takes_named_parameters_and_groups_in_any_order():
 def test_a_model_of_another_precision_trains_and_samples(script, dtype):
     """The arithmetic around it is in single precision at least."""
     model = small(num_classes=3).to(dtype)
-    method = script.build(model, vars(script) | {"n_steps": 5})
+    method = script.build(model, vars(script) | {"n_steps": 5, "path": "icfm", "sigma": 0.0})
     x, y = torch.rand(4, 1, 8, 8, dtype=dtype), torch.arange(4) % 3
     method.loss(x, y).backward()
     assert model.conv_in.weight.grad.dtype == dtype
