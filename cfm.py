@@ -297,7 +297,7 @@ class VelocityField:
 
     def draw_spans(self, n, device="cpu"):
         """Training spans from t to s >= t, (n,) each: some from the noise or to the data, most t = s."""
-        t, k = draw_times(n, self.t_mean, self.t_uniform, device), round(self.spans * n)
+        t, k = draw_times(n, self.t_mean, self.t_uniform, device), max(1, round(self.spans * n))
         other = draw_times(k, self.t_mean, self.t_uniform, device)
         start, end = torch.minimum(t[:k], other), torch.maximum(t[:k], other)
         start = torch.where(torch.rand_like(start) < 0.15, 0, start)
@@ -319,7 +319,7 @@ class VelocityField:
         t, xt, ut = self.matcher.sample_location_and_conditional_flow(x0, x1, t, y=y)
         u = self.velocity(torch.stack([t, s], 1), xt, y)
 
-        k = round(self.spans * len(x1))              # those with a span come first
+        k = max(1, round(self.spans * len(x1)))      # those with a span come first
         with torch.no_grad():
             t, s, x, label = t[:k], s[:k], xt[:k], None if y is None else y[:k]
             dt = (s - t).clamp(1e-4, step)

@@ -77,3 +77,11 @@ def test_the_textbooks_presets_run_with_plain_adam_and_uniform_times(script, sam
     assert config["t_uniform"] == 1 and config["grad_clip"] == 0
     expected = {"ddpm": {"prediction": "eps", "schedule": "linear"}, "cfm": {"path": "icfm"}}
     assert config.items() >= expected[script].items()
+
+
+def test_the_preset_for_one_step_runs_and_draws_in_one_evaluation(tmp_path):
+    tiny = ["--dataset=synthetic", "--image_size=8", "--channels=8", "--max_iters=4", "--device=cpu"]
+    printed = here("cfm", "config/one_step.py", *tiny, "--batch_size=2", cwd=tmp_path)
+    assert "iteration 4 of 4" in printed
+    printed = here("sample", "--out_dir=out/one-step", "--n_samples=4", cwd=tmp_path)
+    assert "meanflow, 1 steps" in printed and "s, 1 evaluations of the model" in printed
