@@ -123,7 +123,7 @@ present() { [[ $(find "$data" -name "$1" -print -quit) ]]; }
 
 # ---- what is measured, and how small in a rehearsal ----
 
-device=cuda digits=10000 cifar_pictures=5000 tiny=() speed=(--dtype=bfloat16) judge=()
+device=cuda digits=10000 cifar_pictures=5000 tiny=() tiny_peer=() speed=(--dtype=bfloat16) judge=()
 mnist=(--dataset=mnist) cifar=(--dataset=cifar10)
 present '*t10k-images*' || mnist=()
 present 'cifar-10-*' || cifar=()
@@ -131,6 +131,7 @@ if [[ $rehearse ]]; then
     device=cpu digits=200 cifar_pictures=20 speed=() judge=(--judge_epochs=1)
     tiny=(--channels=8 --batch_size=16 --max_iters=20 --eval_interval=10 --log_interval=5
         --sample_steps=2)
+    tiny_peer=(--channels=32 --batch_size=2) # their groups have 32 channels or a multiple
     [[ ${mnist[*]} ]] || mnist=(--dataset=synthetic)
     [[ ${cifar[*]} ]] || cifar=(--dataset=synthetic --image_size=32)
 fi
@@ -172,6 +173,16 @@ fi
 stage speed-default 100 "$python" bench/speed.py cfm --device=$device "${speed[@]}" "${tiny[@]}"
 stage speed-cifar10 150 "$python" bench/speed.py cfm config/cifar10.py --device=$device \
     "${speed[@]}" "${tiny[@]}"
+for peer in torchcfm diffusers; do # their training loops, of a UNet of the same size
+    if ! "$python" -c "import importlib.util as u; exit(not u.find_spec('$peer'))"; then
+        skip "speed-cifar10-$peer" "$peer is not installed"
+    elif [[ $rehearse ]] && (($(left) < 100)); then
+        skip "speed-cifar10-$peer" "a rehearsal needs its time for CIFAR-10"
+    else
+        stage "speed-cifar10-$peer" 90 "$python" bench/speed.py "$peer" config/cifar10.py \
+            --device=$device "${speed[@]}" "${tiny[@]}" "${tiny_peer[@]}"
+    fi
+done
 
 # 4. CIFAR-10, for the time that is left; a third of it, at most two minutes, is for drawing.
 drawing=$(($(left) / 3))

@@ -164,6 +164,45 @@ def test_speed(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("peer", ["torchcfm", "diffusers"])
+def test_speed_of_a_peer(peer, tmp_path):
+    """Its UNet has as many parameters as ours, and gpu.py reads its figures as it does ours."""
+    pytest.importorskip(peer, reason=f"{peer} is not installed")
+    from gpu import read_speed
+    from unet import UNet
+
+    preset = str(ROOT / "config" / "cifar10.py")
+    small = "--channels=32", "--batch_size=2", "--device=cpu", "--dtype=bfloat16"
+    done = bench("speed.py", peer, preset, *small, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    ours = UNet(3, 32, (1, 2, 2, 2), 2, attention_levels=(1, 4), patch=1)
+    parameters = sum(p.numel() for p in ours.parameters())
+    assert f"cifar10, batch 2, {parameters:,} parameters, on cpu, bfloat16" in done.stdout
+    assert {"ms a step", "pictures/s", "GFLOP/s", "MiB"} <= set(read_speed(done.stdout, None, 0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peer", ["torchcfm", "diffusers"])
+def test_a_step_of_a_peer_learns(peer, monkeypatch):
+    """Its weights and their averages move."""
+    pytest.importorskip(peer, reason=f"{peer} is not installed")
+    import cfm
+    from speed import PEER_OPTIONS, PEERS
+
+    monkeypatch.setattr(cfm, "batch_size", 2)
+    config = vars(cfm) | PEER_OPTIONS | {"channels": 32, "n_res_blocks": 1}
+    step = PEERS[peer](cfm, config, (3, 32, 32), 0, "cpu", "float32", compiled=False)
+    ema = step.ema.shadow_params if peer == "diffusers" else list(step.ema.parameters())
+    before = [p.clone() for p in step.model.parameters()]
+    averaged = [p.clone() for p in ema]
+    for _ in range(3):
+        step()
+    assert any((a != b).any() for a, b in zip(before, step.model.parameters(), strict=True))
+    assert any((a != b).any() for a, b in zip(averaged, ema, strict=True))
+    assert list(step.spent) == ["batch", "forward", "backward", "clip", "optimizer", "average"]
+
+
+@pytest.mark.slow
 def test_speed_refuses_what_the_script_refuses(tmp_path):
     done = bench("speed.py", "cfm", "--path=vp", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
@@ -463,7 +502,8 @@ def test_gpu_rehearsed_and_a_stage_that_fails_does_not_stop_the_next(tmp_path):
     failed = {name for name, stage in stages.items() if stage["ended"].startswith("failed")}
     assert failed == {"ddpm", "ddpm-eager"}
     assert stages["ddpm"]["ended"] == "failed, exit code 3: injected"
-    assert missing - {"one_step"} == {"ddpm-digits", "quality"}
+    optional = {"one_step", "speed-cifar10-torchcfm", "speed-cifar10-diffusers"}
+    assert missing - optional == {"ddpm-digits", "quality"}
     done = set(stages) - missing - failed
     assert {"card", "smoke", "adamw", "adamw-patch1", "float16", "cfm", "cfm-digits", "cfm-eager",
             "speed-default", "speed-cifar10", "cifar10", "cifar10-1", "cifar10-2"} <= done

@@ -273,6 +273,7 @@ bench/quality | --juge_seed=0 x.npz | did you mean judge_seed?
 bench/quality | text.npz | text.npz
 bench/speed | ddmp | ddmp
 bench/speed | cfm --batch=3 | unknown option
+bench/speed | torchcfm | as in config/cifar10.py
 bench/speed | cfm --path=sb | a sigma above 0
 bench/speed | ddpm --attention_levels=7 | attention_levels
 bench/samplers | --runs=nowhere | there is no whole checkpoint nowhere/ckpt.pt
