@@ -114,7 +114,7 @@ class Step:
         self.method = self.script.build(self.compile(self.model), config, self.device)
 
     def compile(self, model):
-        return torch.compile(model) if self.compiled else model
+        return torch.compile(model, mode="reduce-overhead") if self.compiled else model
 
     def loss(self, x, y):
         return self.method.loss(x, y)
