@@ -276,8 +276,12 @@ def test_ctrl_c_while_reading_is_a_line(tmp_path):
             "p.decode = lambda *a: (time.sleep(0.3), decode(*a))[1]\n"
             "print('reading', flush=True)\n"
             "from core.data import load_data; load_data('p', 'kept')")
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        # a shell has its background jobs ignore Ctrl-C, and so would this
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     process.stdout.readline()
     time.sleep(1)
     process.send_signal(signal.SIGINT)
