@@ -295,9 +295,9 @@ class VelocityField:
         t, xt, ut = self.matcher.sample_location_and_conditional_flow(x0, x1, t, y=y)
         return (self.velocity(t, xt, y) - ut).square().mean()
 
-    def draw_spans(self, n, device="cpu"):
-        """Training spans from t to s >= t, (n,) each: some from the noise or to the data, most t = s."""
-        t, k = draw_times(n, self.t_mean, self.t_uniform, device), max(1, round(self.spans * n))
+    def draw_spans(self, n, k, device="cpu"):
+        """Ends t and s >= t of n training spans, (n,) each. After the first k they are times: s = t."""
+        t = draw_times(n, self.t_mean, self.t_uniform, device)
         other = draw_times(k, self.t_mean, self.t_uniform, device)
         start, end = torch.minimum(t[:k], other), torch.maximum(t[:k], other)
         start = torch.where(torch.rand_like(start) < 0.15, 0, start)
@@ -314,13 +314,13 @@ class VelocityField:
         which is regressed on ut as ever (arXiv 2512.02012); where s = t, that is the loss above.
         du/dt is a difference over a small step of the model's own v, and takes no gradient.
         """
-        t, s = self.draw_spans(len(x1), x1.device)
+        k = max(1, round(self.spans * len(x1)))
+        t, s = self.draw_spans(len(x1), k, x1.device)
         x0 = self.matcher.sample_noise_like(x1) if noise is None else noise
         t, xt, ut = self.matcher.sample_location_and_conditional_flow(x0, x1, t, y=y)
         u = self.velocity(torch.stack([t, s], 1), xt, y)
 
-        k = max(1, round(self.spans * len(x1)))      # those with a span come first
-        with torch.no_grad():
+        with torch.no_grad():                        # the first k, where s > t
             t, s, x, label = t[:k], s[:k], xt[:k], None if y is None else y[:k]
             dt = (s - t).clamp(1e-4, step)
             v = self.velocity(torch.stack([t, t], 1), x, label)
@@ -331,7 +331,11 @@ class VelocityField:
         return (error / (error.detach() + 0.05)).mean()      # the paper's adaptive weight
 
     def velocity(self, tau, z, y=None, guidance=1.0, clip=False):
-        """v(t, x) at t = tau (B,) and x = z (B, *dim); with spans tau (B, 2), the mean velocity u."""
+        """
+        v(t, x) at t = tau (B,) and x = z (B, *dim), or for spans tau (B, 2) the mean velocity u.
+
+        clip is unused: ddpm.py's velocity needs it.
+        """
         return classifier_free_guidance(self.v_model, tau, z, y, guidance)
 
     @torch.no_grad()
