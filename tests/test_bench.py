@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from core.data import draw_flowers
+from test_smoke import run_here
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
@@ -31,7 +32,7 @@ def bench(program, *args, cwd):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", ["quality", "fid", "samplers", "speed", "peers", "toy2d"])
+@pytest.mark.parametrize("program", ["quality", "nearest", "fid", "samplers", "speed", "peers", "toy2d"])
 def test_help_is_the_docstring(program, tmp_path):
     """The options follow, if the program has any of its own."""
     source = (ROOT / "bench" / f"{program}.py").read_text()
@@ -451,6 +452,103 @@ def test_the_network_of_fid():
         both, alone = network(to_input(x)), network(to_input(x[1:]))
     assert both.shape == (2, 2048) and both.min() >= 0 and both.mean() > 0.1
     assert torch.allclose(both[1], alone[0], atol=1e-4)
+
+
+# ---- nearest.py, with a stand-in for the judge ----
+
+
+def test_nearest_by_hand():
+    """A training point is compared with all others, its copies too."""
+    from nearest import nearest, to_pixels
+
+    train = torch.tensor([[0.0, 0], [3, 4], [3, 4], [10, 4]]).double()
+    distances, indices = nearest(torch.tensor([[0.0, 1], [9, 4]]).double(), train)
+    assert distances.tolist() == [1, 1] and indices.tolist() == [0, 3]
+    distances, indices = nearest(train[[3, 1, 0]], train, own=torch.tensor([3, 1, 0]))
+    assert distances.tolist() == [7, 0, 5] and indices[1] == 2
+    x = torch.randint(256, (600, 1, 5, 4), dtype=torch.uint8)  # several batches
+    points = to_pixels(x)
+    assert points.shape == (600, 20) and torch.equal(points[0], x[0].double().flatten() / 255)
+    all_distances = (points[:, None] - points).norm(dim=2).fill_diagonal_(math.inf)
+    distances, indices = nearest(points, points, own=torch.arange(600))
+    assert torch.allclose(distances, all_distances.min(1).values, atol=1e-6)
+    assert torch.equal(indices, all_distances.argmin(1))
+
+
+class Halves(torch.nn.Module):
+    """Stands in for the judge: its features are the sums of a picture's left and right half."""
+
+    def features(self, x):
+        return torch.stack([half.sum((1, 2, 3)) for half in x.split(14, dim=3)], 1)
+
+    def classes(self, features):
+        return features
+
+
+@pytest.fixture
+def digits(tmp_path, monkeypatch):
+    """60 training and 40 test pictures for nearest.py, and drawn.npz: 8 copies, 22 that are not."""
+    import quality
+
+    torch.manual_seed(0)
+    train, test, drawn = (torch.randint(256, (n, 1, 28, 28), dtype=torch.uint8) for n in (60, 40, 30))
+    drawn[::4] = train[:8]
+    np.savez(tmp_path / "drawn.npz", drawn.permute(0, 2, 3, 1).numpy())
+    splits = [(train, None), (test, None)]
+    monkeypatch.setattr(quality, "load_judge", lambda data_dir, device: (Halves(), splits))
+    return train, test, drawn
+
+
+def test_nearest_prints_quantiles_and_draws_the_plot(digits, tmp_path):
+    """The whole program: a row for each set and distance, and what it says of a small set."""
+    pytest.importorskip("matplotlib")
+    train, test, drawn = (x.flatten(1).double().numpy() / 255 for x in digits)
+    code, out, err = run_here("bench/nearest", "drawn.npz", "--picture=new/plot.png", cwd=tmp_path)
+    assert code == 0, err
+    assert out.startswith("30 digits of each set: drawn.npz has no more\n| distance | of 30 | 1% |")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()[3:-1]]
+    sets = ["drawn.npz", "test digits", "training digits"]
+    assert [row[:2] for row in rows] == [[kind, name] for kind in ("pixels", "features") for name in sets]
+    for kind, name, *printed in rows[:2] + rows[3:5]:
+        x = {"drawn.npz": drawn, "test digits": test[:30]}[name]
+        to_points = {"pixels": lambda x: x, "features": sums_of_halves}[kind]
+        gaps = np.linalg.norm(to_points(x)[:, None] - to_points(train), axis=2).min(1)
+        expected = np.quantile(gaps, [0.01, 0.1, 0.5, 0.9])
+        assert [float(value) for value in printed] == pytest.approx(expected, abs=0.006)
+    assert float(rows[0][3]) == 0 < float(rows[0][4])  # a quarter are copies
+    assert float(rows[2][2]) > 5  # of a training picture, from others
+    assert out.endswith("drew new/plot.png\n")
+    assert (tmp_path / "new" / "plot.png").read_bytes()[1:4] == b"PNG"
+    again = run_here("bench/nearest", "drawn.npz", "--picture=plot.png", "--n=30", cwd=tmp_path)[1]
+    assert again.splitlines()[:-1] == out.splitlines()[1:-1]  # the same training digits
+
+
+def sums_of_halves(x):
+    """Halves' features of pictures (N, 784) in [0, 1]."""
+    x = 2 * x.reshape(-1, 28, 28) - 1
+    return np.stack([x[:, :, :14].sum((1, 2)), x[:, :, 14:].sum((1, 2))], 1)
+
+
+def test_nearest_finds_copies_for_the_plot(digits, tmp_path, monkeypatch):
+    """Ten digits side by side in frames, above their training pictures."""
+    pytest.importorskip("matplotlib")
+    shown = []
+    monkeypatch.setattr("matplotlib.axes.Axes.imshow", lambda axis, x, **_: shown.append(x))
+    code, _, err = run_here("bench/nearest", "drawn.npz", "--picture=plot.png", cwd=tmp_path)
+    assert code == 0 and shown[0].shape == (60, 300), err
+    above, below = (np.split(half, 10, axis=1) for half in np.split(shown[0], 2))
+    copies = [(a == b).all() for a, b in zip(above, below)]
+    assert copies == 8 * [True] + 2 * [False]
+
+
+def test_nearest_without_matplotlib_says_so_before_any_work(digits, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("quality.load_judge", None)
+    code, out, err = run_here("bench/nearest", "drawn.npz", cwd=tmp_path)
+    assert code == 2 and out == "" and err.count("\n") == 1 and "the plot: " in err and "matplotlib" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["drawn.npz"]
+
+
 # ---- gpu.sh ----
 
 def gpu_sh(folder, *args, failing="nothing"):

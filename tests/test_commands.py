@@ -271,6 +271,11 @@ bench/quality | nowhere.npz | nowhere.npz
 bench/quality | --judge_epochs=0 x.npz | not between 1
 bench/quality | --juge_seed=0 x.npz | did you mean judge_seed?
 bench/quality | text.npz | text.npz
+bench/nearest | nowhere.npz | nowhere.npz
+bench/nearest | text.npz | text.npz
+bench/nearest | --n=0 text.npz | not between 1
+bench/nearest | --picture=x.jpg x.npz | must end in .png
+bench/nearest | --n=9 | which digits?
 bench/speed | ddmp | ddmp
 bench/speed | cfm --batch=3 | unknown option
 bench/speed | torchcfm | as in config/cifar10.py
