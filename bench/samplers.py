@@ -4,11 +4,15 @@ How many evaluations does a good picture take? Each sampler with 1, 2, 4 ... 64 
     pip install -r requirements.txt -r bench/requirements.txt
     python bench/samplers.py                # of out/cfm and out/ddpm; draws assets/samplers.png
     python bench/samplers.py --runs=out/cfm --n_samples=500     # of one run, and faster
+    python bench/samplers.py --runs=out/cfm,out/cfm-1,out/ddpm,out/ddpm-1,out/one-step    # of seeds
+
+Runs of one method should differ in their seed only. Shown is their mean, with the range from least
+to most. Runs of cfm.py with --spans are a group of their own, one_step: only meanflow draws there.
 
 All samplers start from the same noise. Printed are the distance to the test set as a multiple of
 the floor and the share recognised, see bench/quality.py: the distance is larger than that of 10,000
-pictures, so compare within the table only. An entry is of as many steps as these evaluations of the
-model suffice for. For midpoint and rk4 with cfm.py that may be none. For heun, and for every
+pictures, so compare within the tables only. An entry is of as many steps as these evaluations of
+the model suffice for. For midpoint and rk4 with cfm.py that may be none. For heun, and for every
 sampler with ddpm.py, it is at least the last step, straight to the data, which takes one of them.
 """
 import importlib
@@ -24,11 +28,12 @@ from configurator import TRAINING, Options, configure, explained, fail
 from core.machine import choose_machine
 from core.run import load_checkpoint
 from quality import floors, frechet, load_judge, look
-from sample import STRAIGHT, draw
+from sample import SAMPLERS, STRAIGHT, draw
 from unet import UNet
 
 # -----------------------------------------------------------------------------
 runs = "out/cfm,out/ddpm"    # folders with a ckpt.pt, of MNIST
+samplers = "ddim,dpm++,heun,meanflow"    # those that fit the run; "": all
 n_samples = 2000
 batch_size = 250
 seed = 0
@@ -38,6 +43,8 @@ device = "auto"
 # -----------------------------------------------------------------------------
 LIMITS = {"n_samples": (2, math.inf), "batch_size": (1, math.inf), "seed": (0, 2**63 - 1)}
 EVALUATIONS = (1, 2, 4, 8, 16, 32, 64)
+CHOICES = [sampler for sampler in SAMPLERS if sampler != "dopri5"]     # whose steps are its own
+STYLES = {"cfm.py": "o-", "ddpm.py": "s--", "one_step": "D:"}          # of each group of runs
 OF_A_STEP = {"midpoint": 2, "heun": 2, "rk4": 4}     # evaluations, where it is not one
 
 
@@ -48,6 +55,30 @@ def steps_for(sampler, evaluations, is_ddpm):
     if evaluations <= single:
         return evaluations
     return single + (evaluations - single) // each
+
+
+def load(run):
+    """(group, model, method, its samplers) of a run; calls fail() if it cannot be judged."""
+    checkpoint = load_checkpoint(Path(run, "ckpt.pt"))
+    if checkpoint["method"] not in ("ddpm", "cfm"):
+        fail(f"{run} is of another method: {checkpoint['method']}")
+    is_mnist = checkpoint["picture_shape"] == (1, 28, 28)
+    if not is_mnist or checkpoint["model_args"]["num_classes"] != 10:
+        fail(f"{run} is no run of MNIST with labels, which the judge needs")
+    script = importlib.import_module(checkpoint["method"])
+    config = Options(vars(script), TRAINING | script.LIMITS).restored(checkpoint["config"])
+    model = UNet(**checkpoint["model_args"]).eval().to(device, memory_format=torch.channels_last)
+    model.load_state_dict(checkpoint["ema"])
+    method = script.build(model, config, device)
+    one_step = config.get("spans", 0) > 0
+    others = [] if method.straight else STRAIGHT     # samplers that do not fit
+    fitting = [sampler for sampler in samplers.split(",")
+               if sampler not in others and (sampler == "meanflow") == one_step]
+    if not fitting:
+        fail(f"--samplers={samplers}: none of them is for {run}")
+    name = "one_step" if one_step else f"{checkpoint['method']}.py"
+    print(f"{run}: {name}, iteration {checkpoint['iteration']}, {', '.join(fitting)}", flush=True)
+    return name, model, method, fitting
 
 
 def draw_digits(method, model, sampler, steps):
@@ -84,79 +115,85 @@ def curves(method, model, is_ddpm, samplers, judge):
     return found
 
 
-def print_table(run, found):
-    """What curves() found: a row for each sampler, a column for each number of EVALUATIONS."""
-    print(f"\n| {run} | " + " | ".join(map(str, EVALUATIONS)) + " |")
+def over_runs(group, sampler):
+    """Mean, least and most of a sampler's points, (points, 3) each; group has a curves() a run."""
+    points = np.array([found[sampler] for found in group])
+    return points.mean(0), points.min(0), points.max(0)
+
+
+def print_table(name, group):
+    """A group of runs: a row for each sampler, a column for each number of EVALUATIONS."""
+    print(f"\n| {name}, runs: {len(group)} | " + " | ".join(map(str, EVALUATIONS)) + " |")
     print("|---" + len(EVALUATIONS) * "|---:" + "|")
-    for sampler, points in found.items():
-        cells = [f"{distance:.1f} {share:.0%}" for _, distance, share in points]
-        cells = [""] * (len(EVALUATIONS) - len(points)) + cells
+    for sampler in group[0]:
+        cells = [""] * (len(EVALUATIONS) - len(group[0][sampler]))
+        for mean, least, most in zip(*over_runs(group, sampler)):
+            spread = f" ({least[1]:.1f}-{most[1]:.1f})" if len(group) > 1 else ""
+            cells.append(f"{mean[1]:.1f}{spread} {mean[2]:.0%}")
         print(f"| `{sampler}` | " + " | ".join(cells) + " |")
-    print(flush=True)
 
 
 def plot(results, file):
-    """A panel for each run: distance against evaluations, a line for each sampler."""
+    """Distance against evaluations. results is {name: group}; colours: samplers, styles: groups."""
     import matplotlib.pyplot as plt
 
-    size = 5 * len(results), 4
-    _, axes = plt.subplots(1, len(results), figsize=size, sharey=True, squeeze=False)
-    samplers = sorted(set().union(*results.values()))
-    colours = {sampler: f"C{i}" for i, sampler in enumerate(samplers)}
-    for axis, (run, found) in zip(axes[0], results.items()):
-        for sampler, points in found.items():
-            evaluations, distances, _ = zip(*points)
-            axis.plot(evaluations, distances, colours[sampler], marker="o", label=sampler)
-        axis.set(title=run, xlabel="evaluations of the model", xscale="log", yscale="log",
-                 xticks=EVALUATIONS, xticklabels=EVALUATIONS)
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-        axis.legend()
-    axes[0][0].set_ylabel("distance / floor")
-    plt.tight_layout()
-    plt.savefig(file, dpi=80)
+    _, axis = plt.subplots(figsize=(8, 6), layout="tight", dpi=100)
+    drawn = dict.fromkeys(sampler for group in results.values() for sampler in group[0])
+    colours = {sampler: f"C{i}" for i, sampler in enumerate(drawn) if sampler != "meanflow"}
+    for name, group in results.items():
+        for sampler in group[0]:
+            mean, least, most = over_runs(group, sampler)
+            x, colour = mean[:, 0], colours.get(sampler, "black")
+            axis.plot(x, mean[:, 1], STYLES[name], color=colour, markersize=5)
+            if len(group) > 1:
+                axis.fill_between(x, least[:, 1], most[:, 1], color=colour, alpha=0.2, linewidth=0)
+    for sampler, colour in colours.items():          # the legend: colours first, then styles
+        axis.plot([], [], colour, linewidth=5, label=sampler)
+    for name, group in results.items():
+        label = "meanflow (one_step)" if name == "one_step" else name
+        label += f", mean and range of {len(group)} runs" if len(group) > 1 else ""
+        axis.plot([], [], STYLES[name], color="black", markersize=5, label=label)
+    axis.set(xlabel="evaluations of the model", ylabel="distance to the test set / floor",
+             xscale="log", yscale="log", xticks=EVALUATIONS, xticklabels=EVALUATIONS)
+    axis.yaxis.set_major_locator(plt.LogLocator(subs=[1, 2, 5]))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    axis.legend()
+    plt.savefig(file)
 
 
 if __name__ == "__main__":
     configure(globals(), LIMITS)
-    checkpoints = {run: load_checkpoint(Path(run, "ckpt.pt")) for run in runs.split(",")}
-    for run, checkpoint in checkpoints.items():
-        if checkpoint["method"] not in ("ddpm", "cfm"):
-            fail(f"{run} is of another method: {checkpoint['method']}")
-        is_mnist = checkpoint["picture_shape"] == (1, 28, 28)
-        if not is_mnist or checkpoint["model_args"]["num_classes"] != 10:
-            fail(f"{run} is no run of MNIST with labels, which the judge needs")
+    samplers = samplers or ",".join(CHOICES)
+    if not set(samplers.split(",")) <= set(CHOICES):
+        fail(f"--samplers={samplers}: choose from {','.join(CHOICES)}")
+    device, *_ = choose_machine(device)
+    loaded = {run: load(run) for run in runs.split(",")}
+    fitting = {name: own for name, _, _, own in loaded.values()}
+    if any(own != fitting[name] for name, _, _, own in loaded.values()):
+        fail(f"--runs={runs}: runs of one method must all have a straight path, or none")
     with explained():                                # before an hour of drawing
         import matplotlib
 
         matplotlib.use("Agg")
         Path(picture).parent.mkdir(parents=True, exist_ok=True)
         Path(picture).touch()
-    device, *_ = choose_machine(device)
-    with explained():
         judge, splits = load_judge(data_dir, device=device)
     (x_train, _), (x_test, _) = splits
     real, _ = look(judge, x_test)
     floor = np.mean(floors(judge, real, x_train))
-    results = {}
 
     def judged(x, y):
         features, classes = look(judge, x)
         return frechet(features, real) / floor, (classes == y).double().mean().item()
 
-    for run, checkpoint in checkpoints.items():
-        script = importlib.import_module(checkpoint["method"])
-        options = Options(vars(script), TRAINING | script.LIMITS)
-        config = options.restored(checkpoint["config"])
-        model = UNet(**checkpoint["model_args"]).eval()
-        model = model.to(device, memory_format=torch.channels_last)
-        model.load_state_dict(checkpoint["ema"])
-        method = script.build(model, config, device)
-        left_out = ["dopri5", "ancestral"] + (STRAIGHT if not method.straight else [])
-        left_out += [] if config.get("spans") else ["meanflow"]
-        samplers = [s for s in script.LIMITS["sampler"] if s not in left_out]
-        print(f"{run}, iteration {checkpoint['iteration']}:", flush=True)
-        results[run] = curves(method, model, checkpoint["method"] == "ddpm", samplers, judged)
-        print_table(run, results[run])
+    results = {}
+    for run, (name, model, method, own) in loaded.items():
+        print(f"{run}:", flush=True)
+        found = curves(method, model, name == "ddpm.py", own, judged)
+        results.setdefault(name, []).append(found)
+    for name, group in results.items():
+        print_table(name, group)
     plot(results, picture)
     print(f"drew {picture}")

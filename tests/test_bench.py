@@ -304,6 +304,66 @@ def test_samplers_counts_evaluations_for_each_batch(name, monkeypatch):
     assert used["rk4"] == ([4, 8, 16, 32, 64] if name == "cfm" else [1, 1, 1, 5, 13, 29, 61])
 
 
+@pytest.mark.parametrize("method, config, group, fitting", [
+    ("cfm", {}, "cfm.py", ["ddim", "heun"]),
+    ("cfm", {"path": "sb", "sigma": 0.5}, "cfm.py", ["heun"]),
+    ("cfm", {"spans": 0.35}, "one_step", ["meanflow"]),
+    ("ddpm", {}, "ddpm.py", ["ddim", "heun"]),
+])
+def test_samplers_put_a_run_in_its_group(method, config, group, fitting, monkeypatch):
+    import samplers
+    from unet import UNet
+
+    model_args = {"channels": 8, "num_classes": 10, "spans": config.get("spans", 0)}
+    checkpoint = {"method": method, "picture_shape": (1, 28, 28), "model_args": model_args,
+                  "config": config, "iteration": 7, "ema": UNet(**model_args).state_dict()}
+    monkeypatch.setattr(samplers, "load_checkpoint", lambda path: checkpoint)
+    monkeypatch.setattr(samplers, "samplers", "ddim,heun,meanflow")
+    monkeypatch.setattr(samplers, "device", "cpu")
+    name, model, wrapped, found = samplers.load("run")
+    assert (name, found) == (group, fitting)
+    _, _, evaluations = samplers.draw_digits(wrapped, model, found[0], 2)
+    assert evaluations == (3 if config.get("path") else 2)
+    monkeypatch.setattr(samplers, "samplers", "ddim" if method == "cfm" and config else "meanflow")
+    with pytest.raises(SystemExit):
+        samplers.load("run")
+
+
+def test_samplers_show_the_mean_and_the_range_of_a_group(tmp_path, capsys):
+    matplotlib = pytest.importorskip("matplotlib", reason="bench/requirements.txt is not installed")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from samplers import EVALUATIONS, plot, print_table
+
+    def found(*samplers, factor):
+        points = [(n, factor * (1 + 64 / n), 0.9) for n in EVALUATIONS]
+        return {sampler: points[sampler == "rk4" :] for sampler in samplers}
+
+    results = {"cfm.py": [found("ddim", "rk4", factor=factor) for factor in (1, 2, 6)],
+               "ddpm.py": [found("ddim", factor=2)], "one_step": [found("meanflow", factor=1)]}
+    for name, group in results.items():
+        print_table(name, group)
+    printed = capsys.readouterr().out
+    assert "| cfm.py, runs: 3 | 1 | 2 | 4 | 8 | 16 | 32 | 64 |\n" in printed
+    assert re.search(r"`ddim` \| 195.0 \(65.0-390.0\) 90% \| .* \| 6.0 \(2.0-12.0\) 90% \|\n", printed)
+    assert "| `rk4` |  | 99.0 (33.0-198.0) 90% |" in printed
+    assert "| `meanflow` | 65.0 90% | 33.0 90% |" in printed
+
+    plot(results, tmp_path / "samplers.png")
+    assert (tmp_path / "samplers.png").read_bytes()[1:4] == b"PNG"
+    (axis,) = plt.gcf().axes
+    plt.close()
+    lines = [line for line in axis.lines if len(line.get_xdata())]  # the others are the legend's
+    styles = [(line.get_color(), line.get_linestyle()) for line in lines]
+    assert styles == [("C0", "-"), ("C1", "-"), ("C0", "--"), ("black", ":")]
+    assert lines[0].get_ydata()[-1] == 6
+    assert len(axis.collections) == 2  # bands: of the group of three runs only
+    heights = axis.collections[0].get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == (2, 390)
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == [
+        "ddim", "rk4", "cfm.py, mean and range of 3 runs", "ddpm.py", "meanflow (one_step)"]
+
+
 # ---- fid.py, with stand-ins for Inception ----
 
 
