@@ -313,22 +313,27 @@ class VelocityField:
             v = u - (s - t) du/dt,
         which is regressed on ut as ever (arXiv 2512.02012); where s = t, that is the loss above.
         du/dt is a difference over a small step of the model's own v, and takes no gradient.
+
+        noise that belongs to x1 is where a flow to x1 began (reflow, Liu et al. 2022, arXiv
+        2209.03003). Then u over the whole way is ut itself, and two spans of three are of that kind.
         """
         k = max(1, round(self.spans * len(x1)))
         t, s = self.draw_spans(len(x1), k, x1.device)
+        whole = 0 if noise is None else 2 * k // 3
+        t[:whole], s[:whole] = self.matcher.margin, 1 - self.matcher.margin
         x0 = self.matcher.sample_noise_like(x1) if noise is None else noise
         t, xt, ut = self.matcher.sample_location_and_conditional_flow(x0, x1, t, y=y)
         u = self.velocity(torch.stack([t, s], 1), xt, y)
 
-        with torch.no_grad():                        # the first k, where s > t
-            t, s, x, label = t[:k], s[:k], xt[:k], None if y is None else y[:k]
+        with torch.no_grad():                        # the other spans with s > t
+            t, s, x, label = [v if v is None else v[whole:k] for v in (t, s, xt, y)]
             dt = (s - t).clamp(1e-4, step)
             v = self.velocity(torch.stack([t, t], 1), x, label)
             ahead = torch.stack([t + dt, s], 1), x + expand_like(dt, x) * v
-            slope = (self.velocity(*ahead, label) - u[:k]) / expand_like(dt, x)
-            target = torch.cat([ut[:k] + expand_like(s - t, x) * slope, ut[k:]])
-        error = (u - target).square().flatten(1).mean(1)
-        return (error / (error.detach() + 0.05)).mean()      # the paper's adaptive weight
+            slope = (self.velocity(*ahead, label) - u[whole:k]) / expand_like(dt, x)
+            ut[whole:k] += expand_like(s - t, x) * slope
+        error = (u - ut).square().flatten(1).mean(1)
+        return (error / (error.detach() + 0.01)).mean()      # the paper's adaptive weight
 
     def velocity(self, tau, z, y=None, guidance=1.0, clip=False):
         """
@@ -421,8 +426,11 @@ def get_lr(it):
     return lr * (1 - it / max_iters) if decay_lr else lr
 
 
-def get_batch(pictures, labels):
-    """A random batch: x (B, C, H, W) in [-1, 1], and y (B,), a fraction of it dropped: -1."""
+def get_batch(pictures, labels, noise=None):
+    """
+    A random batch: x (B, C, H, W) in [-1, 1], y (B,), a fraction of it dropped: -1, and the noise
+    like x that belongs to it, or None.
+    """
     device = labels.device
     i = torch.randint(len(pictures), (batch_size,))
     x = pictures[i.to(pictures.device, non_blocking=True)]
@@ -433,7 +441,9 @@ def get_batch(pictures, labels):
         mirrored = torch.rand(batch_size, 1, 1, 1, device=device) < 0.5
         x = torch.where(mirrored, x.flip(3), x)
     dropped = torch.rand(batch_size, device=device) < label_dropout
-    return x, torch.where(dropped, -1, labels[i.to(device, non_blocking=True)])
+    i = i.to(device, non_blocking=True)
+    y = torch.where(dropped, -1, labels[i])
+    return x, y, None if noise is None else noise[i].float()
 
 
 def update_average(ema, model, it):
@@ -527,7 +537,10 @@ if __name__ == "__main__":
     # Data: all on the device as uint8, so no DataLoader is needed.
     with processes.main_first(), explained(f"--dataset={dataset}: "):
         data = load_data(dataset, data_dir, image_size, conditional, background)
-    x_train, y_train, x_val, y_val = place(data, device, offload)
+    x_train, y_train, x_val, y_val, *pairs = place(data, device, offload)
+    noise_train, noise_val = pairs or (None, None)       # noise that belongs to the pictures
+    if pairs and (flip or config.get("path", "icfm") != "icfm"):
+        fail(f"--dataset={dataset} pairs pictures with noise: leave out --flip and --path")
     picture_shape = tuple(x_train.shape[1:])         # (C, H, W)
     num_classes = len(data.classes)
     if guidance != 1 and not num_classes:
@@ -562,6 +575,7 @@ if __name__ == "__main__":
     fixed = torch.Generator().manual_seed(0)
     x_val, y_val = x_val[:256].float() / 127.5 - 1, y_val[:256]
     noise = torch.randn(x_val.shape, generator=fixed).to(device)
+    noise = noise if noise_val is None else noise_val[:256].float()
     u = torch.rand(len(x_val), generator=fixed).to(device)
     grid_noise = torch.randn(100, *picture_shape, generator=fixed).to(device)
     row = torch.arange(100, device=device) // 10
@@ -588,11 +602,11 @@ if __name__ == "__main__":
             # One seed per batch: resuming draws the same batches, and n processes draw what one
             # does with n micro-batches.
             torch.manual_seed(hash((seed, it, micro * world_size + rank)))
-            x, y = get_batch(x_train, y_train)
+            batch = get_batch(x_train, y_train, noise_train)
             if world_size > 1:                       # sync gradients on the last micro-batch only
                 net.require_backward_grad_sync = micro == gradient_accumulation_steps - 1
             with autocast:
-                loss = trained.loss(x, y)
+                loss = trained.loss(*batch)
             scaler.scale(loss / gradient_accumulation_steps).backward()
             losses += torch.stack([loss.detach(), torch.ones_like(loss)])
         scaler.unscale_(optimizer)                   # so that clipping sees the true gradients

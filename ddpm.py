@@ -357,8 +357,11 @@ def get_lr(it):
     return lr * (1 - it / max_iters) if decay_lr else lr
 
 
-def get_batch(pictures, labels):
-    """A random batch: x (B, C, H, W) in [-1, 1], and y (B,), a fraction of it dropped: -1."""
+def get_batch(pictures, labels, noise=None):
+    """
+    A random batch: x (B, C, H, W) in [-1, 1], y (B,), a fraction of it dropped: -1, and the noise
+    like x that belongs to it, or None.
+    """
     device = labels.device
     i = torch.randint(len(pictures), (batch_size,))
     x = pictures[i.to(pictures.device, non_blocking=True)]
@@ -369,7 +372,9 @@ def get_batch(pictures, labels):
         mirrored = torch.rand(batch_size, 1, 1, 1, device=device) < 0.5
         x = torch.where(mirrored, x.flip(3), x)
     dropped = torch.rand(batch_size, device=device) < label_dropout
-    return x, torch.where(dropped, -1, labels[i.to(device, non_blocking=True)])
+    i = i.to(device, non_blocking=True)
+    y = torch.where(dropped, -1, labels[i])
+    return x, y, None if noise is None else noise[i].float()
 
 
 def update_average(ema, model, it):
@@ -463,7 +468,10 @@ if __name__ == "__main__":
     # Data: all on the device as uint8, so no DataLoader is needed.
     with processes.main_first(), explained(f"--dataset={dataset}: "):
         data = load_data(dataset, data_dir, image_size, conditional, background)
-    x_train, y_train, x_val, y_val = place(data, device, offload)
+    x_train, y_train, x_val, y_val, *pairs = place(data, device, offload)
+    noise_train, noise_val = pairs or (None, None)       # noise that belongs to the pictures
+    if pairs and (flip or config.get("path", "icfm") != "icfm"):
+        fail(f"--dataset={dataset} pairs pictures with noise: leave out --flip and --path")
     picture_shape = tuple(x_train.shape[1:])         # (C, H, W)
     num_classes = len(data.classes)
     if guidance != 1 and not num_classes:
@@ -498,6 +506,7 @@ if __name__ == "__main__":
     fixed = torch.Generator().manual_seed(0)
     x_val, y_val = x_val[:256].float() / 127.5 - 1, y_val[:256]
     noise = torch.randn(x_val.shape, generator=fixed).to(device)
+    noise = noise if noise_val is None else noise_val[:256].float()
     u = torch.rand(len(x_val), generator=fixed).to(device)
     grid_noise = torch.randn(100, *picture_shape, generator=fixed).to(device)
     row = torch.arange(100, device=device) // 10
@@ -524,11 +533,11 @@ if __name__ == "__main__":
             # One seed per batch: resuming draws the same batches, and n processes draw what one
             # does with n micro-batches.
             torch.manual_seed(hash((seed, it, micro * world_size + rank)))
-            x, y = get_batch(x_train, y_train)
+            batch = get_batch(x_train, y_train, noise_train)
             if world_size > 1:                       # sync gradients on the last micro-batch only
                 net.require_backward_grad_sync = micro == gradient_accumulation_steps - 1
             with autocast:
-                loss = trained.loss(x, y)
+                loss = trained.loss(*batch)
             scaler.scale(loss / gradient_accumulation_steps).backward()
             losses += torch.stack([loss.detach(), torch.ones_like(loss)])
         scaler.unscale_(optimizer)                   # so that clipping sees the true gradients

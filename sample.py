@@ -33,6 +33,7 @@ n_samples = 100           # pictures to draw, or held-out pictures to take
 save = "auto"             # x.png: a grid; x.gif: a frame per evaluation; x.npz: arr_0, uint8
 #                           (N, H, W, C), and arr_1, labels (N,); x: a folder of PNGs;
 #                           auto: a grid in out_dir
+keep_noise = False        # in an .npz, also the noise (N, H, W, C) of each: pairs for cfm.py --dataset
 sampler = "auto"          # euler, midpoint, heun, rk4, dopri5, meanflow, ddim, dpm++ or ancestral;
 #                           auto: that of the run's grids, but rk4 to reconstruct, dopri5 for a likelihood
 steps = 0                 # 0: as many as the run's grids have, but 20 to reconstruct and for a
@@ -426,6 +427,8 @@ def check_request(config, is_ddpm, num_classes, auto):
         fail(f"--steps={steps}: dopri5 takes as many as --atol and --rtol need")
     if task == "likelihood" and save != "auto":
         fail(f"--save={save}: a likelihood is printed, not saved")
+    if keep_noise and (Path(save).suffix != ".npz" or sampler == "ancestral" or eta):
+        fail("--keep_noise goes with --save=x.npz and a sampler that adds no noise of its own")
     if exact and (task != "likelihood" or is_ddpm):
         fail("--exact goes with --task=likelihood of cfm")
     if dataset and not real:
@@ -566,6 +569,7 @@ if __name__ == "__main__":
     save = Path(save)
     with explained(f"--n_samples={n_samples}: "):
         pictures = np.empty((n_samples, H, W, C), np.uint8)
+        noises = np.empty(pictures.shape if keep_noise else 0, np.float16)
     if real:
         with explained(f"the data of the run, {config['dataset']}: "):
             as_in_training = [config[name] for name in ("image_size", "conditional", "background")]
@@ -641,6 +645,8 @@ if __name__ == "__main__":
                 if watch:
                     frames.append([*way, x.cpu()])
                 pictures[i:i + batch_size] = to_bytes(x)
+                if keep_noise:
+                    noises[i:i + batch_size] = noise.permute(0, 2, 3, 1).cpu()
                 if save.suffix == "":
                     for n, picture in enumerate(pictures[i:i + batch_size], i):
                         picture = Image.fromarray(picture.squeeze(2) if C == 1 else picture)
@@ -678,7 +684,8 @@ if __name__ == "__main__":
             elif save.suffix == ".gif":
                 save_gif(f, [torch.cat(parts) for parts in zip(*frames)])
             else:
-                np.savez(f, arr_0=pictures, **labels_to_save(classes, y))
+                noise = {"noise": noises[:n_samples]} if keep_noise else {}
+                np.savez(f, arr_0=pictures, **labels_to_save(classes, y), **noise)
     elif claimed:
         Path(claimed.name).unlink(missing_ok=True)
     say(f"{took}: {save}")

@@ -144,7 +144,7 @@ def read_speed(log, run, start):
 
 def reader(name):
     kinds = {"card": read_card, "smoke": read_tests, "quality": read_quality,
-             r"speed-.*": read_speed, r".*-digits|cifar10-\d": read_drawing}
+             r"speed-.*": read_speed, r".*-(digits|pairs)|cifar10-\d": read_drawing}
     return next((read for kind, read in kinds.items() if re.fullmatch(kind, name)), read_training)
 
 

@@ -123,12 +123,12 @@ present() { [[ $(find "$data" -name "$1" -print -quit) ]]; }
 
 # ---- what is measured, and how small in a rehearsal ----
 
-device=cuda digits=10000 cifar_pictures=5000 tiny=() tiny_peer=() speed=(--dtype=bfloat16) judge=()
+device=cuda digits=10000 pairs=100000 cifar_pictures=5000 tiny=() tiny_peer=() speed=(--dtype=bfloat16) judge=()
 mnist=(--dataset=mnist) cifar=(--dataset=cifar10)
 present '*t10k-images*' || mnist=()
 present 'cifar-10-*' || cifar=()
 if [[ $rehearse ]]; then
-    device=cpu digits=200 cifar_pictures=20 speed=() judge=(--judge_epochs=1)
+    device=cpu digits=200 pairs=200 cifar_pictures=20 speed=() judge=(--judge_epochs=1)
     tiny=(--channels=8 --batch_size=16 --max_iters=20 --eval_interval=10 --log_interval=5
         --sample_steps=2)
     tiny_peer=(--channels=32 --batch_size=2) # their groups have 32 channels or a multiple
@@ -148,11 +148,12 @@ if [[ ${mnist[*]} ]]; then
     # 2. The default runs, and how good their digits are.
     train cfm 150 cfm "${mnist[@]}"
     train ddpm 150 ddpm "${mnist[@]}"
-    if [[ -e config/one_step.py ]]; then
-        train one_step 120 cfm config/one_step.py "${mnist[@]}"
+    draw one_step-pairs 60 cfm $pairs --steps=6 --keep_noise --batch_size=1000
+    if [[ -e $scratch/run/one_step-pairs.npz ]]; then
+        train one_step 120 cfm config/one_step.py --dataset="$scratch/run/one_step-pairs.npz"
         draw one_step-digits 40 one_step $digits
     else
-        skip one_step "there is no config/one_step.py"
+        skip one_step "there are no pairs"
     fi
     draw cfm-digits 40 cfm $digits
     draw ddpm-digits 40 ddpm $digits

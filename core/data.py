@@ -51,17 +51,17 @@ def place(data, device, offload=False):
     """
     Training pictures and labels, held-out pictures and labels, on the device.
 
-    With offload the training pictures stay in the CPU's memory. Calls fail() where the device has too
-    little.
+    Where noise belongs to them, that of training and held-out pictures follows. With offload the
+    training pictures stay in the CPU's memory. Calls fail() where the device has too little.
     """
-    x_train, y_train, x_val, y_val = *data.train, *data.held_out
+    x_train, others = data.train[0], [data.train[1], *data.held_out, *data.noise]
     if "cuda" in device:
         free, _ = torch.cuda.mem_get_info(device)
-        missing = (0 if offload else x_train.nbytes) + x_val.nbytes - free
+        missing = (0 if offload else x_train.nbytes) + sum(v.nbytes for v in others) - free
         if missing > 0:
             fail(f"the pictures do not fit on {device}, {missing / 2**30:.1f} GiB are missing: "
                  "--offload leaves them in the CPU's memory, --image_size makes them smaller")
-    return x_train if offload else x_train.to(device), *[v.to(device) for v in (y_train, x_val, y_val)]
+    return x_train if offload else x_train.to(device), *[v.to(device) for v in others]
 
 
 # ---- data sets with a name ----
@@ -289,7 +289,11 @@ def to_size(x, size):
 
 
 def load_npz(path, size):
-    """arr_0 uint8 (N, H, W, C), and arr_1, labels (N,), if any: as sample.py writes them."""
+    """
+    arr_0 uint8 (N, H, W, C), and arr_1, labels (N,), if any: as sample.py writes them.
+
+    So is noise (N, H, W, C), with which the pictures are paired.
+    """
     if not zipfile.is_zipfile(path):
         raise ValueError("it is no .npz archive")
     with np.load(path) as arrays:
@@ -300,6 +304,7 @@ def load_npz(path, size):
             x = arrays["arr_0"]
             y = arrays["arr_1"] if "arr_1" in arrays else None
             names = arrays["classes"] if "classes" in arrays else np.empty(0, str)
+            noise = arrays["noise"] if "noise" in arrays else None
         except ValueError:                                   # pickles, which could run any program
             raise ValueError("its arrays must hold numbers or text, not Python objects") from None
     if x.dtype != np.uint8 or x.ndim != 4 or 0 in x.shape or x.shape[3] not in (1, 3, 4):
@@ -308,6 +313,12 @@ def load_npz(path, size):
     if y is not None and (y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < -1):
         raise ValueError(f"arr_1 must be {len(x)} labels, integers from 0, or -1 for none, "
                          f"but is {y.dtype} {y.shape}")
+    if noise is not None and (noise.dtype.kind != "f" or noise.shape != x.shape
+                              or not np.isfinite(noise).all()):
+        raise ValueError(f"noise must be finite and shaped like arr_0, {x.shape}, "
+                         f"but is {noise.dtype} {noise.shape}")
+    if noise is not None and size and x.shape[1:3] != (size, size):
+        raise ValueError("its pictures belong to noise, so they cannot be resized: drop --image_size")
     if names.dtype.kind == "S":                              # bytes, as h5py gives them
         names = np.char.decode(names, "utf-8")
     if names.dtype.kind != "U" or names.ndim != 1:
@@ -319,7 +330,7 @@ def load_npz(path, size):
     classes = [name if classes.count(name) == 1 else f"{name} {label}"       # ImageNet has two cranes
                for name, label in zip(classes, occurring)]
 
-    splitter, out = Splitter(len(x)), None
+    splitter, out, order = Splitter(len(x)), None, np.empty(len(x), np.int64)
     mixed = np.random.default_rng(0).permutation(len(x))
     for start in range(0, len(x), 1000):
         i = mixed[start:start + 1000]
@@ -328,5 +339,10 @@ def load_npz(path, size):
                  for picture, label in zip(part.numpy(), y[i].tolist())]
         part = to_size(part, size).numpy()
         out = np.empty((len(x), *part.shape[1:]), np.uint8) if out is None else out
-        out[where] = part
-    return splitter.data(out, classes)
+        out[where], order[where] = part, i
+    data = splitter.data(out, classes)
+    if noise is not None:
+        noise = torch.from_numpy(noise[order]).permute(0, 3, 1, 2).half().contiguous()
+        data.noise = [noise[:len(data.train[0])], noise[-len(data.held_out[0]):]]
+        data.checksum += zlib.crc32(noise.numpy())
+    return data

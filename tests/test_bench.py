@@ -660,10 +660,11 @@ def test_gpu_rehearsed_and_a_stage_that_fails_does_not_stop_the_next(tmp_path):
     failed = {name for name, stage in stages.items() if stage["ended"].startswith("failed")}
     assert failed == {"ddpm", "ddpm-eager"}
     assert stages["ddpm"]["ended"] == "failed, exit code 3: injected"
-    optional = {"one_step", "speed-cifar10-torchcfm", "speed-cifar10-diffusers"}
+    optional = {"speed-cifar10-torchcfm", "speed-cifar10-diffusers"}
     assert missing - optional == {"ddpm-digits", "quality"}
     done = set(stages) - missing - failed
     assert {"card", "smoke", "adamw", "adamw-patch1", "float16", "cfm", "cfm-digits", "cfm-eager",
+            "one_step-pairs", "one_step", "one_step-digits",
             "speed-default", "speed-cifar10", "cifar10", "cifar10-1", "cifar10-2"} <= done
     assert all(stages[name]["ended"] == "done" and stages[name]["figures"] for name in done)
     assert stages["float16"]["figures"]["settings"] == "cpu, float16, not compiled"
@@ -673,8 +674,8 @@ def test_gpu_rehearsed_and_a_stage_that_fails_does_not_stop_the_next(tmp_path):
     assert stages["cfm-digits"]["figures"]["pictures"] == 200
     assert stages["speed-cifar10"]["figures"]["ms a step"] > 0
     grids = {"cfm.png", "cifar10.png", "cifar10-1.npz", "cifar10-2.npz"}
-    one_step = {"one_step.png"} if "one_step" in done else set()
-    assert {path.name for path in folder.iterdir()} == grids | one_step | {"gpu.json", "logs.tgz"}
+    grids |= {"one_step.png", "gpu.json", "logs.tgz"}
+    assert {path.name for path in folder.iterdir()} == grids
     halves = [np.load(folder / f"cifar10-{i}.npz")["arr_0"] for i in (1, 2)]
     assert halves[0].shape[1:3] == (32, 32) and (halves[0] != halves[1]).any()
 
