@@ -24,7 +24,8 @@ import torch
 # output
 eval_interval = 938       # evaluate, draw a grid and save every so many iterations: an epoch of MNIST
 log_interval = 100        # log every so many iterations
-init_from = "scratch"     # or "resume": continue the run in out_dir with its options
+init_from = "scratch"     # or "resume": continue the run in out_dir with its options; or another
+#                           run's folder: begin with its averaged weights
 overwrite = False         # replace the run in out_dir
 # data
 dataset = "mnist"         # or fashion_mnist, cifar10, synthetic, a folder of pictures, an .npz file
@@ -510,8 +511,8 @@ if __name__ == "__main__":
     from configurator import TRAINING, configure, explained, fail, resume
     from core.data import load_data, place
     from core.machine import choose_machine, describe_model, init_distributed
-    from core.run import (Run, load_checkpoint, require_room, require_same_data, restore,
-                          survive)
+    from core.run import (Run, load_checkpoint, load_weights, require_room, require_same_data,
+                          restore, survive, take_weights)
     from unet import Muon, UNet
 
     # Options: the defaults, or when resuming those of the run, overridden by the command line.
@@ -521,6 +522,7 @@ if __name__ == "__main__":
         config = resume(globals(), TRAINING | LIMITS, FIXED, checkpoint)
     else:
         require_room(out_dir, overwrite)
+    start = None if init_from in ("scratch", "resume") else load_weights(init_from, METHOD)
     check_options(config)
 
     # The machine, and the other processes if torchrun started some.
@@ -551,6 +553,8 @@ if __name__ == "__main__":
     model_args = {name: config[name] for name in ARCHITECTURE}
     model_args |= {"in_channels": picture_shape[0], "num_classes": num_classes}
     model = UNet(**model_args).to(device, memory_format=torch.channels_last)
+    if start:
+        take_weights(model, start, init_from)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     betas = (0.9, adam_beta2)
     if muon:

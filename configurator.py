@@ -31,7 +31,6 @@ NOT_A_LITERAL = (ValueError, SyntaxError, TypeError, ArithmeticError, RecursionE
 
 # What the options of the training scripts may be, apart from those of the method.
 TRAINING = {
-    "init_from": ["scratch", "resume"],
     "dtype": ["auto", "float32", "bfloat16", "float16"],
     "compile": ["auto", True, False],
     "seed": (0, 2**63 - 1),

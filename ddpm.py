@@ -26,7 +26,8 @@ import torch
 # output
 eval_interval = 938       # evaluate, draw a grid and save every so many iterations: an epoch of MNIST
 log_interval = 100        # log every so many iterations
-init_from = "scratch"     # or "resume": continue the run in out_dir with its options
+init_from = "scratch"     # or "resume": continue the run in out_dir with its options; or another
+#                           run's folder: begin with its averaged weights
 overwrite = False         # replace the run in out_dir
 # data
 dataset = "mnist"         # or fashion_mnist, cifar10, synthetic, a folder of pictures, an .npz file
@@ -66,7 +67,7 @@ seed = 1337               # every draw is a function of seed, iteration and micr
 # the method, and the grids drawn with it
 out_dir = "out/ddpm"      # for checkpoints, grids and log.csv
 n_steps = 1000            # T, the number of noising steps
-schedule = "cosine"       # of the noise: cosine is Nichol & Dhariwal's, linear is Ho et al.'s
+schedule = "cosine"       # of the noise: cosine (Nichol & Dhariwal), linear (Ho et al.) or log_snr
 prediction = "v"          # what the model predicts: eps as in Ho et al., x0, or v, a mix of both
 weighting = "simple"      # of the squared error: all alike; min_snr: in x0, by min(snr, 5)
 variance = "fixedlarge"   # of p: beta; fixedsmall: beta~, that of q(x_{t-1} | x_t, x_0)
@@ -92,7 +93,14 @@ def cosine_beta(n_steps):
     return 1 - f[1:] / f[:-1]
 
 
-SCHEDULES = {"linear": linear_beta, "cosine": cosine_beta}
+def log_snr_beta(n_steps):
+    """Kingma et al. 2021 (arXiv 2107.00630): the log of alpha_bar / (1 - alpha_bar) falls evenly."""
+    log_snr = torch.linspace(13.3, -10, n_steps, dtype=torch.float64, device="cpu")
+    alpha_bar = torch.cat([torch.ones_like(log_snr[:1]), log_snr.sigmoid()])
+    return 1 - alpha_bar[1:] / alpha_bar[:-1]
+
+
+SCHEDULES = {"linear": linear_beta, "cosine": cosine_beta, "log_snr": log_snr_beta}
 
 # What the model is asked for, and the (x0, eps) that its answer means, where xt = a x0 + b eps.
 # v, of Salimans & Ho 2022 (arXiv 2202.00512), is eps where all is data, and -x0 where all is noise.
@@ -441,8 +449,8 @@ if __name__ == "__main__":
     from configurator import TRAINING, configure, explained, fail, resume
     from core.data import load_data, place
     from core.machine import choose_machine, describe_model, init_distributed
-    from core.run import (Run, load_checkpoint, require_room, require_same_data, restore,
-                          survive)
+    from core.run import (Run, load_checkpoint, load_weights, require_room, require_same_data,
+                          restore, survive, take_weights)
     from unet import Muon, UNet
 
     # Options: the defaults, or when resuming those of the run, overridden by the command line.
@@ -452,6 +460,7 @@ if __name__ == "__main__":
         config = resume(globals(), TRAINING | LIMITS, FIXED, checkpoint)
     else:
         require_room(out_dir, overwrite)
+    start = None if init_from in ("scratch", "resume") else load_weights(init_from, METHOD)
     check_options(config)
 
     # The machine, and the other processes if torchrun started some.
@@ -482,6 +491,8 @@ if __name__ == "__main__":
     model_args = {name: config[name] for name in ARCHITECTURE}
     model_args |= {"in_channels": picture_shape[0], "num_classes": num_classes}
     model = UNet(**model_args).to(device, memory_format=torch.channels_last)
+    if start:
+        take_weights(model, start, init_from)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     betas = (0.9, adam_beta2)
     if muon:

@@ -139,6 +139,28 @@ def restore(checkpoint, **parts):
                 part.load_state_dict(checkpoint[name])
 
 
+def load_weights(folder, method):
+    """The averaged weights of a run of the method; calls fail() if there is none in the folder."""
+    checkpoint = load_checkpoint(Path(folder, "ckpt.pt"))
+    if checkpoint["method"] != method:
+        fail(f"--init_from={folder} is a run of {checkpoint['method']}.py, not of {method}.py")
+    return checkpoint["ema"]
+
+
+def take_weights(model, weights, folder):
+    """Begin with the weights that a run in the folder has. What it has not stays new, and is named."""
+    own = model.state_dict()
+    for name, weight in weights.items():
+        if name not in own or own[name].shape != weight.shape:
+            here = tuple(own[name].shape) if name in own else "not there"
+            fail(f"--init_from={folder} is of another model or of other classes: "
+                 f"its {name} is {tuple(weight.shape)}, here it is {here}")
+    model.load_state_dict(own | weights)
+    new = [name for name in own if name not in weights]
+    if os.environ.get("RANK", "0") == "0":
+        say(f"begins with the weights of {folder}{', but for ' if new else ''}{', '.join(new)}")
+
+
 def catch_stop_signals():
     """
     A list to which Ctrl-C, SIGTERM and a closed terminal from now on append their numbers.

@@ -39,9 +39,9 @@ wrong.py | wrong.py:1: batch_size: expected int
 --eval_interval | expected int
 --log_interval=0 | not between 1
 --log_interval=often | expected int
---init_from=resumed | expected scratch, resume, not 'resumed'
---init_from=ckpt.pt | expected scratch, resume
---init_from | expected scratch, resume
+--init_from=resumed | there is no whole checkpoint resumed/ckpt.pt
+--init_from=ckpt.pt | there is no whole checkpoint ckpt.pt/ckpt.pt
+--init_from | expected str
 --init_from=resume | there is no whole checkpoint
 --init_from=resume --out_dir=nowhere | there is no whole checkpoint nowhere/ckpt.pt
 --overwrite=maybe | expected bool
@@ -152,8 +152,8 @@ DDPM = """
 --n_steps=1 | not between 2
 --n_steps=-1000 | not between 2
 --n_steps=1e3.5 | expected int
---schedule=sigmoid | expected linear, cosine, not 'sigmoid'
---schedule=0 | expected linear, cosine
+--schedule=sigmoid | expected linear, cosine, log_snr, not 'sigmoid'
+--schedule=0 | expected linear, cosine, log_snr
 --prediction=noise | expected eps, x0, v, not 'noise'
 --weighting=minsnr | expected simple, min_snr
 --variance=learned | expected fixedlarge, fixedsmall

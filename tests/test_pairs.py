@@ -161,3 +161,30 @@ def test_learned_from_pairs_one_step_leads_where_the_flow_does():
 
     x = draw(field, noise, sampler="meanflow", steps=1)
     assert torch.allclose(x, 0.3 + 0.5 * noise, atol=0.2)
+
+
+@pytest.mark.parametrize("script", ["ddpm", "cfm"])
+def test_a_run_begins_with_the_averaged_weights_of_another(script, pairs):
+    """At a learning rate of 0 they stay. Layers that the other run had not are new, and named."""
+    still = [*TINY, "--max_iters=1", "--learning_rate=0", "--label_dropout=0"]
+    here(script, *TINY, "--max_iters=20", f"--out_dir={script}-first", cwd=pairs)
+    printed = here(script, *still, f"--init_from={script}-first", f"--out_dir={script}-second", cwd=pairs)
+    first, second = (checkpoint(pairs / f"{script}-{name}") for name in ("first", "second"))
+    assert f"begins with the weights of {script}-first\n" in printed and second["iteration"] == 1
+    for state in (second["model"], second["ema"]):
+        assert all(torch.equal(state[name], weight) for name, weight in first["ema"].items())
+    if script == "cfm":
+        printed = here("cfm", *still, f"--init_from={script}-first", "--spans=0.5", "--out_dir=spans", cwd=pairs)
+        assert "of cfm-first, but for span.0.weight, span.0.bias, span.2.weight, span.2.bias\n" in printed
+        third = checkpoint(pairs / "spans")["model"]
+        assert all(torch.equal(third[name], weight) for name, weight in first["ema"].items())
+        here("cfm", "--init_from=resume", "--out_dir=spans", "--max_iters=2", cwd=pairs)
+    other = {"ddpm": "cfm", "cfm": "ddpm"}[script]
+    for args, message in [
+        (["--channels=16"], "its time.0.weight is (32, 8), here it is (64, 16)"),
+        (["--conditional=false"], "its label.weight is (11, 32), here it is not there"),
+        (["--init_from=nowhere"], "there is no whole checkpoint nowhere/ckpt.pt"),
+    ]:
+        refused(script, *TINY, f"--init_from={script}-first", *args, "--out_dir=no", cwd=pairs, message=message)
+    refused(other, *TINY, f"--init_from={script}-first", "--out_dir=no", cwd=pairs,
+            message=f"is a run of {script}.py, not of {other}.py")
