@@ -26,12 +26,13 @@ def test_schedule_is_the_papers_at_1000_steps():
 
 
 @pytest.mark.parametrize("n_steps", [2, 3, 10, 20, 21, 50, 100, 500, 1000, 4000])
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "log_snr"])
 def test_no_signal_is_left_at_the_end(n_steps, schedule):
     d = DenoiseDiffusion(None, n_steps, schedule=schedule)
     assert len(d.beta) == d.n_steps == n_steps and 0 < d.beta.min() and d.beta.max() < 1
     assert d.alpha_bar[-1].sqrt() < (0.01 if n_steps > 10 else 0.04)
-    assert (d.alpha_bar[1:] < d.alpha_bar[:-1]).all()
+    falling = d.alpha_bar if schedule != "log_snr" else -d.one_minus_alpha_bar  # float32 near 1
+    assert (falling[1:] < falling[:-1]).all()
 
 
 def test_cosine_schedule_by_hand():
@@ -44,13 +45,20 @@ def test_cosine_schedule_by_hand():
     assert d.beta[0].item() == pytest.approx(4.13e-5, rel=1e-2)
 
 
+def test_log_snr_schedule_by_hand():
+    """Kingma et al.: from one step to the next, the logarithm falls by as much."""
+    d = DenoiseDiffusion(None, 234, schedule="log_snr")
+    log_snr = (d.alpha_bar.double() / d.one_minus_alpha_bar.double()).log()
+    assert log_snr.tolist() == pytest.approx([13.3 - 0.1 * t for t in range(234)], abs=1e-4)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"n_steps": -1}, "n_steps must be at least 2, not -1"),
         ({"n_steps": 0}, "n_steps must be at least 2, not 0"),
         ({"n_steps": 1}, "n_steps must be at least 2, not 1"),
-        ({"schedule": "quadratic"}, "schedule must be one of linear, cosine, not 'quadratic'"),
+        ({"schedule": "quadratic"}, "schedule must be one of linear, cosine, log_snr, not 'quadratic'"),
         ({"prediction": "score"}, "prediction must be one of eps, x0, v, not 'score'"),
         ({"weighting": "snr"}, "weighting must be one of simple, min_snr, not 'snr'"),
         ({"variance": "learned"}, "variance must be one of fixedlarge, fixedsmall, not 'learned'"),
@@ -82,7 +90,7 @@ def test_q_sample_uses_the_given_noise_and_each_pictures_own_time():
     assert not torch.equal(d.q_sample(x0, t), d.q_sample(x0, t))
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "log_snr"])
 def test_both_forms_of_the_posterior_mean_agree_to_float_precision(schedule):
     d, t = DenoiseDiffusion(None, 1000, schedule=schedule), torch.arange(1000)
     x0, eps = torch.rand(1000, 8) * 1.8 - 0.9, torch.randn(1000, 8)

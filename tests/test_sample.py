@@ -228,7 +228,7 @@ def test_dpm_solver_on_its_own_steps_comes_as_near_whatever_the_model_predicts(n
     assert (found - transported(TWO, method, NOISE)).abs().max() < 2e-3
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "log_snr"])
 @pytest.mark.parametrize("n_steps", [2, 3, 25, 100])
 def test_where_steps_are_many_each_t_comes_once(schedule, n_steps):
     method = exact_ddpm(TWO, n_steps, schedule=schedule)
@@ -238,7 +238,7 @@ def test_where_steps_are_many_each_t_comes_once(schedule, n_steps):
         assert end == 1 and len(t) == steps and t[0] == n_steps - 1
         assert all(a > b for a, b in zip(t, t[1:]))
         wanted = [i / (2 * steps - i) for i in range(1, steps)]
-        noisier = [(method.tau <= tau).nonzero() for tau in wanted]
+        noisier = [(method.tau.double() <= tau).nonzero() for tau in wanted]
         first = [t.min().item() if len(t) else n_steps for t in noisier]
         # each is moved only where it must be
         for i, (now, before, ideal) in enumerate(zip(t[1:], t, first), 1):
@@ -248,7 +248,7 @@ def test_where_steps_are_many_each_t_comes_once(schedule, n_steps):
 
 
 @pytest.mark.parametrize("sampler", ["euler", "ddim", "dpm++"])
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "log_snr"])
 @pytest.mark.parametrize("steps", [1, 2, 6, 20, 50])
 def test_ddpm_takes_the_steps_of_cfm_at_the_t_that_come_next_in_noise(sampler, schedule, steps):
     method, even = DenoiseDiffusion(None, 10_000, schedule=schedule), sampler in LOOK_AHEAD
@@ -451,7 +451,7 @@ def test_ddim_with_eta_1_from_one_step_to_the_next_is_the_posterior():
         assert torch.allclose(x, expected, atol=2e-3)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "log_snr"])
 @pytest.mark.parametrize("sampler", ["euler", "heun", "rk4", "dopri5", "ddim", "dpm++"])
 def test_an_error_in_eps_is_not_magnified_where_almost_all_is_noise(schedule, sampler):
     """
