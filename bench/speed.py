@@ -145,7 +145,7 @@ class Step:
         self.optimizer.zero_grad()
 
     def __call__(self):
-        x, y = self.part("batch", lambda: self.script.get_batch(self.pictures, self.labels))
+        x, y, _ = self.part("batch", lambda: self.script.get_batch(self.pictures, self.labels))
         loss = self.part("forward", lambda: self.forward(x, y))
         self.part("backward", loss.backward)
         if self.grad_clip:

@@ -128,6 +128,7 @@ def test_two_steps_of_training_mix_no_devices_and_wait_for_nothing(
     pictures = torch.empty(1000, shape.get("in_channels", 1), side, side, dtype=torch.uint8,
                            device="cuda")
     labels = torch.zeros(1000, dtype=torch.long, device="cuda")
+    noise = pictures.half() if shape is SPANS else None          # as of pairs
     seen, attention = set(), torch.nn.functional.scaled_dot_product_attention
 
     def recording(q, k, v):
@@ -137,9 +138,9 @@ def test_two_steps_of_training_mix_no_devices_and_wait_for_nothing(
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recording)
     with Launches():
         for it in range(2):
-            x, y = script.get_batch(pictures, labels)
+            batch = script.get_batch(pictures, labels, noise)
             cast(dtype)
-            loss = method.loss(x, y)
+            loss = method.loss(*batch)
             cast("float32")
             gradients(model)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -360,7 +361,7 @@ def test_offloaded_pictures_are_the_same_batches(script, fake, monkeypatch):
     pictures = torch.empty(1000, 1, 28, 28, dtype=torch.uint8)
     labels = torch.zeros(1000, dtype=torch.long, device="cuda")
     with Launches():
-        x, y = script.get_batch(pictures, labels)
+        x, y, _ = script.get_batch(pictures, labels)
     assert x.device.type == y.device.type == "cuda" and pinned == [(64, 1, 28, 28)]
 
 
