@@ -539,9 +539,8 @@ if __name__ == "__main__":
     # Data: all on the device as uint8, so no DataLoader is needed.
     with processes.main_first(), explained(f"--dataset={dataset}: "):
         data = load_data(dataset, data_dir, image_size, conditional, background)
-    x_train, y_train, x_val, y_val, *pairs = place(data, device, offload)
-    noise_train, noise_val = pairs or (None, None)       # noise that belongs to the pictures
-    if pairs and (flip or config.get("path", "icfm") != "icfm"):
+    x_train, y_train, x_val, y_val, noise_train, noise_val = place(data, device, offload)
+    if noise_train is not None and (flip or config.get("path", "icfm") != "icfm"):
         fail(f"--dataset={dataset} pairs pictures with noise: leave out --flip and --path")
     picture_shape = tuple(x_train.shape[1:])         # (C, H, W)
     num_classes = len(data.classes)

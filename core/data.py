@@ -49,19 +49,21 @@ def load_data(dataset, data_dir="data", image_size=0, conditional=True, backgrou
 
 def place(data, device, offload=False):
     """
-    Training pictures and labels, held-out pictures and labels, on the device.
+    Pictures and labels to train on, the same held out, and the noise of both or None, on the device.
 
-    Where noise belongs to them, that of training and held-out pictures follows. With offload the
-    training pictures stay in the CPU's memory. Calls fail() where the device has too little.
+    With offload the training pictures stay in the CPU's memory. Calls fail() where the device has too
+    little.
     """
-    x_train, others = data.train[0], [data.train[1], *data.held_out, *data.noise]
+    x_train, *others = *data.train, *data.held_out, *data.noise
     if "cuda" in device:
         free, _ = torch.cuda.mem_get_info(device)
-        missing = (0 if offload else x_train.nbytes) + sum(v.nbytes for v in others) - free
+        needed = sum(v.nbytes for v in others if v is not None)
+        missing = (0 if offload else x_train.nbytes) + needed - free
         if missing > 0:
             fail(f"the pictures do not fit on {device}, {missing / 2**30:.1f} GiB are missing: "
                  "--offload leaves them in the CPU's memory, --image_size makes them smaller")
-    return x_train if offload else x_train.to(device), *[v.to(device) for v in others]
+    others = [v if v is None else v.to(device) for v in others]
+    return x_train if offload else x_train.to(device), *others
 
 
 # ---- data sets with a name ----
@@ -343,6 +345,6 @@ def load_npz(path, size):
     data = splitter.data(out, classes)
     if noise is not None:
         noise = torch.from_numpy(noise[order]).permute(0, 3, 1, 2).half().contiguous()
-        data.noise = [noise[:len(data.train[0])], noise[-len(data.held_out[0]):]]
+        data.noise = noise[:len(data.train[0])], noise[-len(data.held_out[0]):]
         data.checksum += zlib.crc32(noise.numpy())
     return data

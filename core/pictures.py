@@ -33,7 +33,7 @@ class Data:
         self.train, self.held_out = train, held_out
         self.classes = classes           # names, of those that occur, in natural order
         self.checksum = checksum
-        self.noise = []                  # of both parts, where noise belongs to the pictures
+        self.noise = None, None          # that belongs to the pictures of each part, if any does
 
     def summary(self):
         """What a checkpoint remembers of it: plain values."""
