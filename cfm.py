@@ -315,24 +315,24 @@ class VelocityField:
         which is regressed on ut as ever (arXiv 2512.02012); where s = t, that is the loss above.
         du/dt is a difference over a small step of the model's own v, and takes no gradient.
 
-        noise that belongs to x1 is where a flow to x1 began (reflow, Liu et al. 2022, arXiv
-        2209.03003). Then u over the whole way is ut itself, and two spans of three are of that kind.
+        If noise is given, a trained flow led from it to x1 (reflow, Liu et al. 2022, arXiv
+        2209.03003). Its mean velocity over the whole way is ut, the target of two spans in three.
         """
         k = max(1, round(self.spans * len(x1)))
         t, s = self.draw_spans(len(x1), k, x1.device)
-        whole = 0 if noise is None else 2 * k // 3
-        t[:whole], s[:whole] = self.matcher.margin, 1 - self.matcher.margin
+        j = k if noise is None else k - 2 * k // 3   # of these k the last go all the way
+        t[j:k], s[j:k] = self.matcher.margin, 1 - self.matcher.margin
         x0 = self.matcher.sample_noise_like(x1) if noise is None else noise
         t, xt, ut = self.matcher.sample_location_and_conditional_flow(x0, x1, t, y=y)
         u = self.velocity(torch.stack([t, s], 1), xt, y)
 
-        with torch.no_grad():                        # the other spans with s > t
-            t, s, x, label = [v if v is None else v[whole:k] for v in (t, s, xt, y)]
+        with torch.no_grad():                        # the first j, which go part of it
+            t, s, x, label = t[:j], s[:j], xt[:j], None if y is None else y[:j]
             dt = (s - t).clamp(1e-4, step)
             v = self.velocity(torch.stack([t, t], 1), x, label)
             ahead = torch.stack([t + dt, s], 1), x + expand_like(dt, x) * v
-            slope = (self.velocity(*ahead, label) - u[whole:k]) / expand_like(dt, x)
-            ut[whole:k] += expand_like(s - t, x) * slope
+            slope = (self.velocity(*ahead, label) - u[:j]) / expand_like(dt, x)
+            ut[:j] += expand_like(s - t, x) * slope
         error = (u - ut).square().flatten(1).mean(1)
         return (error / (error.detach() + 0.01)).mean()      # the paper's adaptive weight
 
@@ -430,7 +430,7 @@ def get_lr(it):
 def get_batch(pictures, labels, noise=None):
     """
     A random batch: x (B, C, H, W) in [-1, 1], y (B,), a fraction of it dropped: -1, and the noise
-    like x that belongs to it, or None.
+    paired with x, or None.
     """
     device = labels.device
     i = torch.randint(len(pictures), (batch_size,))
@@ -442,9 +442,8 @@ def get_batch(pictures, labels, noise=None):
         mirrored = torch.rand(batch_size, 1, 1, 1, device=device) < 0.5
         x = torch.where(mirrored, x.flip(3), x)
     dropped = torch.rand(batch_size, device=device) < label_dropout
-    i = i.to(device, non_blocking=True)
-    y = torch.where(dropped, -1, labels[i])
-    return x, y, None if noise is None else noise[i].float()
+    y = torch.where(dropped, -1, labels[i.to(device, non_blocking=True)])
+    return x, y, None if noise is None else noise[i.to(noise.device)].to(device).float()
 
 
 def update_average(ema, model, it):
@@ -511,18 +510,19 @@ if __name__ == "__main__":
     from configurator import TRAINING, configure, explained, fail, resume
     from core.data import load_data, place
     from core.machine import choose_machine, describe_model, init_distributed
-    from core.run import (Run, load_checkpoint, load_weights, require_room, require_same_data,
-                          restore, survive, take_weights)
+    from core.run import (Run, load_checkpoint, load_weights, require_pairs_kept, require_room,
+                          require_same_data, restore, survive, take_weights)
     from unet import Muon, UNet
 
     # Options: the defaults, or when resuming those of the run, overridden by the command line.
-    config, checkpoint = configure(globals(), TRAINING | LIMITS), None
+    config, checkpoint, start = configure(globals(), TRAINING | LIMITS), None, None
     if init_from == "resume":
         checkpoint = load_checkpoint(Path(out_dir, "ckpt.pt"), METHOD)
         config = resume(globals(), TRAINING | LIMITS, FIXED, checkpoint)
     else:
+        if init_from != "scratch":
+            start = load_weights(init_from, METHOD, out_dir)
         require_room(out_dir, overwrite)
-    start = None if init_from in ("scratch", "resume") else load_weights(init_from, METHOD)
     check_options(config)
 
     # The machine, and the other processes if torchrun started some.
@@ -540,8 +540,8 @@ if __name__ == "__main__":
     with processes.main_first(), explained(f"--dataset={dataset}: "):
         data = load_data(dataset, data_dir, image_size, conditional, background)
     x_train, y_train, x_val, y_val, noise_train, noise_val = place(data, device, offload)
-    if noise_train is not None and (flip or config.get("path", "icfm") != "icfm"):
-        fail(f"--dataset={dataset} pairs pictures with noise: leave out --flip and --path")
+    if noise_train is not None:                      # which is then part of the data
+        require_pairs_kept(config, dataset)
     picture_shape = tuple(x_train.shape[1:])         # (C, H, W)
     num_classes = len(data.classes)
     if guidance != 1 and not num_classes:

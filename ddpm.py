@@ -368,7 +368,7 @@ def get_lr(it):
 def get_batch(pictures, labels, noise=None):
     """
     A random batch: x (B, C, H, W) in [-1, 1], y (B,), a fraction of it dropped: -1, and the noise
-    like x that belongs to it, or None.
+    paired with x, or None.
     """
     device = labels.device
     i = torch.randint(len(pictures), (batch_size,))
@@ -380,9 +380,8 @@ def get_batch(pictures, labels, noise=None):
         mirrored = torch.rand(batch_size, 1, 1, 1, device=device) < 0.5
         x = torch.where(mirrored, x.flip(3), x)
     dropped = torch.rand(batch_size, device=device) < label_dropout
-    i = i.to(device, non_blocking=True)
-    y = torch.where(dropped, -1, labels[i])
-    return x, y, None if noise is None else noise[i].float()
+    y = torch.where(dropped, -1, labels[i.to(device, non_blocking=True)])
+    return x, y, None if noise is None else noise[i.to(noise.device)].to(device).float()
 
 
 def update_average(ema, model, it):
@@ -449,18 +448,19 @@ if __name__ == "__main__":
     from configurator import TRAINING, configure, explained, fail, resume
     from core.data import load_data, place
     from core.machine import choose_machine, describe_model, init_distributed
-    from core.run import (Run, load_checkpoint, load_weights, require_room, require_same_data,
-                          restore, survive, take_weights)
+    from core.run import (Run, load_checkpoint, load_weights, require_pairs_kept, require_room,
+                          require_same_data, restore, survive, take_weights)
     from unet import Muon, UNet
 
     # Options: the defaults, or when resuming those of the run, overridden by the command line.
-    config, checkpoint = configure(globals(), TRAINING | LIMITS), None
+    config, checkpoint, start = configure(globals(), TRAINING | LIMITS), None, None
     if init_from == "resume":
         checkpoint = load_checkpoint(Path(out_dir, "ckpt.pt"), METHOD)
         config = resume(globals(), TRAINING | LIMITS, FIXED, checkpoint)
     else:
+        if init_from != "scratch":
+            start = load_weights(init_from, METHOD, out_dir)
         require_room(out_dir, overwrite)
-    start = None if init_from in ("scratch", "resume") else load_weights(init_from, METHOD)
     check_options(config)
 
     # The machine, and the other processes if torchrun started some.
@@ -478,8 +478,8 @@ if __name__ == "__main__":
     with processes.main_first(), explained(f"--dataset={dataset}: "):
         data = load_data(dataset, data_dir, image_size, conditional, background)
     x_train, y_train, x_val, y_val, noise_train, noise_val = place(data, device, offload)
-    if noise_train is not None and (flip or config.get("path", "icfm") != "icfm"):
-        fail(f"--dataset={dataset} pairs pictures with noise: leave out --flip and --path")
+    if noise_train is not None:                      # which is then part of the data
+        require_pairs_kept(config, dataset)
     picture_shape = tuple(x_train.shape[1:])         # (C, H, W)
     num_classes = len(data.classes)
     if guidance != 1 and not num_classes:

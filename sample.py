@@ -33,7 +33,7 @@ n_samples = 100           # pictures to draw, or held-out pictures to take
 save = "auto"             # x.png: a grid; x.gif: a frame per evaluation; x.npz: arr_0, uint8
 #                           (N, H, W, C), and arr_1, labels (N,); x: a folder of PNGs;
 #                           auto: a grid in out_dir
-keep_noise = False        # in an .npz, also the noise (N, H, W, C) of each: pairs for cfm.py --dataset
+keep_noise = False        # in an .npz, also the noise (N, H, W, C) of each: pairs to train on
 sampler = "auto"          # euler, midpoint, heun, rk4, dopri5, meanflow, ddim, dpm++ or ancestral;
 #                           auto: that of the run's grids, but rk4 to reconstruct, dopri5 for a likelihood
 steps = 0                 # 0: as many as the run's grids have, but 20 to reconstruct and for a
@@ -401,15 +401,16 @@ def labels_to_save(classes, y):
     return {"arr_1": y.numpy(), "classes": classes}
 
 
-def check_request(config, is_ddpm, num_classes, auto):
+def check_request(config, is_ddpm, num_classes, auto, paired=False):
     """Calls fail() where options, which are globals, do not fit each other or the run's config."""
     from configurator import fail
 
+    adds_noise = sampler == "ancestral" or eta
     real = task in ("reconstruct", "likelihood")
     if task == "likelihood" and is_ddpm and (not auto or steps):
         fail("--task=likelihood of ddpm is the bound, over all its steps: "
              "leave out --sampler and --steps")
-    if task == "interpolate" and (sampler == "ancestral" or eta):
+    if task == "interpolate" and adds_noise:
         fail("--task=interpolate needs a sampler that adds no noise: add --sampler=ddim --eta=0")
     if real and sampler not in REVERSIBLE:
         fail(f"--sampler={sampler} cannot be run backwards, choose {' or '.join(REVERSIBLE)}")
@@ -427,8 +428,11 @@ def check_request(config, is_ddpm, num_classes, auto):
         fail(f"--steps={steps}: dopri5 takes as many as --atol and --rtol need")
     if task == "likelihood" and save != "auto":
         fail(f"--save={save}: a likelihood is printed, not saved")
-    if keep_noise and (Path(save).suffix != ".npz" or sampler == "ancestral" or eta):
+    if keep_noise and (task != "draw" or Path(save).suffix != ".npz" or adds_noise):
         fail("--keep_noise goes with --save=x.npz and a sampler that adds no noise of its own")
+    if paired and adds_noise:
+        fail("the run learned from pairs, so new noise does not go with it: leave out "
+             "--sampler=ancestral and --eta")
     if exact and (task != "likelihood" or is_ddpm):
         fail("--exact goes with --task=likelihood of cfm")
     if dataset and not real:
@@ -554,7 +558,7 @@ if __name__ == "__main__":
     if sampler not in script.LIMITS["sampler"]:
         fail(f"--sampler={sampler} is not for {script.METHOD}, "
              f"choose {' or '.join(script.LIMITS['sampler'])}")
-    check_request(config, is_ddpm, num_classes, auto)
+    check_request(config, is_ddpm, num_classes, auto, checkpoint["data"].get("pairs"))
     wanted = wanted_classes(classes)
     with explained():
         check_sampler(sampler, script.build(None, config))
@@ -569,7 +573,7 @@ if __name__ == "__main__":
     save = Path(save)
     with explained(f"--n_samples={n_samples}: "):
         pictures = np.empty((n_samples, H, W, C), np.uint8)
-        noises = np.empty(pictures.shape if keep_noise else 0, np.float16)
+        noises = np.empty(pictures.shape, np.float16)    # takes no memory unless it is filled
     if real:
         with explained(f"the data of the run, {config['dataset']}: "):
             as_in_training = [config[name] for name in ("image_size", "conditional", "background")]

@@ -123,7 +123,7 @@ present() { [[ $(find "$data" -name "$1" -print -quit) ]]; }
 
 # ---- what is measured, and how small in a rehearsal ----
 
-device=cuda digits=10000 pairs=100000 cifar_pictures=5000 tiny=() tiny_peer=() speed=(--dtype=bfloat16) judge=()
+device=cuda digits=10000 pairs=200000 cifar_pictures=5000 tiny=() tiny_peer=() speed=(--dtype=bfloat16) judge=()
 mnist=(--dataset=mnist) cifar=(--dataset=cifar10)
 present '*t10k-images*' || mnist=()
 present 'cifar-10-*' || cifar=()
@@ -148,9 +148,10 @@ if [[ ${mnist[*]} ]]; then
     # 2. The default runs, and how good their digits are.
     train cfm 150 cfm "${mnist[@]}"
     train ddpm 150 ddpm "${mnist[@]}"
-    draw one_step-pairs 60 cfm $pairs --steps=6 --keep_noise --batch_size=1000
+    draw one_step-pairs 60 cfm $pairs --steps=6 --keep_noise --seed=1 --batch_size=1000
     if [[ -e $scratch/run/one_step-pairs.npz ]]; then
-        train one_step 120 cfm config/one_step.py --dataset="$scratch/run/one_step-pairs.npz"
+        train one_step 120 cfm config/one_step.py --dataset="$scratch/run/one_step-pairs.npz" \
+            --init_from="$scratch/run/cfm"
         draw one_step-digits 40 one_step $digits
     else
         skip one_step "there are no pairs"

@@ -1,14 +1,14 @@
 """
-MNIST in a single evaluation of the model. It learns from pairs that a trained flow draws: the mean velocity over the whole of it.
-    python cfm.py
-    python sample.py --out_dir=out/cfm --n_samples=200000 --batch_size=1000 --steps=6 --keep_noise --save=out/pairs.npz
+MNIST in a single evaluation of the model. It learns from pairs of noise and digit that a trained flow draws.
+    python cfm.py                                       # or take assets/cfm for out/cfm, here and below
+    python sample.py --out_dir=out/cfm --n_samples=200000 --seed=1 --steps=6 --keep_noise --save=out/pairs.npz
     python cfm.py config/one_step.py
     python sample.py --out_dir=out/one-step             # in one step; with --steps=2 it is better
 """
 dataset = "out/pairs.npz"
 init_from = "out/cfm"
 out_dir = "out/one-step"
-spans = 0.75             # half of a batch spans the whole flow, a quarter a part of it, a quarter is at a time
+spans = 0.75             # half of a batch spans the whole way, a quarter a part of it, a quarter is at single times
 sampler = "meanflow"
 sample_steps = 1
 max_iters = 11_000

@@ -49,21 +49,20 @@ def load_data(dataset, data_dir="data", image_size=0, conditional=True, backgrou
 
 def place(data, device, offload=False):
     """
-    Pictures and labels to train on, the same held out, and the noise of both or None, on the device.
+    Training and held-out pictures and labels, then the noise of each or None, all on the device.
 
-    With offload the training pictures stay in the CPU's memory. Calls fail() where the device has too
-    little.
+    With offload the training pictures and their noise stay in the CPU's memory. Calls fail() where the
+    device has too little.
     """
-    x_train, *others = *data.train, *data.held_out, *data.noise
+    stay = [0, 4] if offload else []
+    parts = list(enumerate([*data.train, *data.held_out, *data.noise]))
     if "cuda" in device:
         free, _ = torch.cuda.mem_get_info(device)
-        needed = sum(v.nbytes for v in others if v is not None)
-        missing = (0 if offload else x_train.nbytes) + needed - free
+        missing = sum(v.nbytes for i, v in parts if v is not None and i not in stay) - free
         if missing > 0:
             fail(f"the pictures do not fit on {device}, {missing / 2**30:.1f} GiB are missing: "
                  "--offload leaves them in the CPU's memory, --image_size makes them smaller")
-    others = [v if v is None else v.to(device) for v in others]
-    return x_train if offload else x_train.to(device), *others
+    return [v if v is None or i in stay else v.to(device) for i, v in parts]
 
 
 # ---- data sets with a name ----
@@ -294,7 +293,7 @@ def load_npz(path, size):
     """
     arr_0 uint8 (N, H, W, C), and arr_1, labels (N,), if any: as sample.py writes them.
 
-    So is noise (N, H, W, C), with which the pictures are paired.
+    noise (N, H, W, C), if any, is what each picture was drawn from.
     """
     if not zipfile.is_zipfile(path):
         raise ValueError("it is no .npz archive")
@@ -315,12 +314,13 @@ def load_npz(path, size):
     if y is not None and (y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < -1):
         raise ValueError(f"arr_1 must be {len(x)} labels, integers from 0, or -1 for none, "
                          f"but is {y.dtype} {y.shape}")
-    if noise is not None and (noise.dtype.kind != "f" or noise.shape != x.shape
-                              or not np.isfinite(noise).all()):
-        raise ValueError(f"noise must be finite and shaped like arr_0, {x.shape}, "
-                         f"but is {noise.dtype} {noise.shape}")
-    if noise is not None and size and x.shape[1:3] != (size, size):
-        raise ValueError("its pictures belong to noise, so they cannot be resized: drop --image_size")
+    if noise is not None:
+        if noise.dtype.kind != "f" or noise.shape != x.shape or not (abs(noise) < 60_000).all():
+            raise ValueError(f"noise must be finite and shaped like arr_0, {x.shape}, "
+                             f"but is {noise.dtype} {noise.shape}")
+        if size and x.shape[1:3] != (size, size):
+            raise ValueError("its pictures belong to noise, so they cannot be resized: "
+                             "drop --image_size")
     if names.dtype.kind == "S":                              # bytes, as h5py gives them
         names = np.char.decode(names, "utf-8")
     if names.dtype.kind != "U" or names.ndim != 1:
@@ -344,7 +344,8 @@ def load_npz(path, size):
         out[where], order[where] = part, i
     data = splitter.data(out, classes)
     if noise is not None:
-        noise = torch.from_numpy(noise[order]).permute(0, 3, 1, 2).half().contiguous()
+        noise = noise[order].astype(np.float16).transpose(0, 3, 1, 2)
+        noise = torch.from_numpy(np.ascontiguousarray(noise))
         data.noise = noise[:len(data.train[0])], noise[-len(data.held_out[0]):]
-        data.checksum += zlib.crc32(noise.numpy())
+        data.checksum += sum(zlib.crc32(part) for part in noise.numpy())
     return data

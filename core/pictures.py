@@ -33,12 +33,12 @@ class Data:
         self.train, self.held_out = train, held_out
         self.classes = classes           # names, of those that occur, in natural order
         self.checksum = checksum
-        self.noise = None, None          # that belongs to the pictures of each part, if any does
+        self.noise = None, None          # that the pictures of each part are paired with, if any
 
     def summary(self):
         """What a checkpoint remembers of it: plain values."""
         return {"pictures": len(self.train[0]) + len(self.held_out[0]),
-                "shape": tuple(self.train[0].shape[1:]),
+                "shape": tuple(self.train[0].shape[1:]), "pairs": self.noise[0] is not None,
                 "classes": list(self.classes), "checksum": self.checksum}
 
     def differences(self, before):
@@ -53,12 +53,13 @@ class Data:
             new = ", ".join(c for c in self.classes if c not in classes) or "none"
             found.append(f"classes that are gone: {gone}, that are new: {new}")
         if not found and now["checksum"] != before.get("checksum"):
-            found.append("as many pictures, but not the same, or other labels")
+            found.append("as many pictures, but not the same, or other labels or noise")
         return "; ".join(found)
 
     def counts(self):
         """A line with the number of pictures to train on, of each class."""
-        counts = self.train[1].bincount(minlength=len(self.classes)).tolist()
+        y = self.train[1]
+        counts = y[y >= 0].bincount(minlength=len(self.classes)).tolist()
         line = ", ".join(f"{name}: {n}" for name, n in list(zip(self.classes, counts))[:20])
         return line + (", ..." if len(self.classes) > 20 else "")
 

@@ -120,6 +120,16 @@ def load_checkpoint(path, method=None):
     return checkpoint
 
 
+def require_pairs_kept(config, dataset):
+    """Calls fail() where options would part pictures from the noise that they are paired with."""
+    wrong = {"flip": config["flip"], "sigma": config.get("sigma", 0),
+             "path": config.get("path", "icfm") != "icfm",
+             "sampler": config["sampler"] == "ancestral"}
+    for name in wrong:
+        if wrong[name]:
+            fail(f"--{name}={config[name]} does not go with {dataset}, whose pictures have their noise")
+
+
 def require_same_data(checkpoint, dataset, data, model_args, changed_data):
     """Calls fail() if the data, or a model for them, are not those of the run; changed_data allows that."""
     changed = data.differences(checkpoint["data"])
@@ -139,8 +149,16 @@ def restore(checkpoint, **parts):
                 part.load_state_dict(checkpoint[name])
 
 
-def load_weights(folder, method):
-    """The averaged weights of a run of the method; calls fail() if there is none in the folder."""
+def load_weights(folder, method, out_dir):
+    """
+    The averaged weights of a run of the method in the folder.
+
+    Calls fail() if there is none, or if the new run would take its place.
+    """
+    if not holds_a_run(folder):
+        fail(f"--init_from={folder} is neither scratch nor resume, nor the folder of a run")
+    if Path(folder).resolve() == Path(out_dir).resolve():
+        fail(f"--init_from={folder} is the --out_dir, too: choose another --out_dir")
     checkpoint = load_checkpoint(Path(folder, "ckpt.pt"))
     if checkpoint["method"] != method:
         fail(f"--init_from={folder} is a run of {checkpoint['method']}.py, not of {method}.py")
@@ -148,15 +166,14 @@ def load_weights(folder, method):
 
 
 def take_weights(model, weights, folder):
-    """Begin with the weights that a run in the folder has. What it has not stays new, and is named."""
+    """Begin with weights of the run in the folder. Layers that it lacks stay as they are, and are listed."""
     own = model.state_dict()
     for name, weight in weights.items():
         if name not in own or own[name].shape != weight.shape:
             here = tuple(own[name].shape) if name in own else "not there"
-            fail(f"--init_from={folder} is of another model or of other classes: "
+            fail(f"--init_from={folder} has another architecture or other classes: "
                  f"its {name} is {tuple(weight.shape)}, here it is {here}")
-    model.load_state_dict(own | weights)
-    new = [name for name in own if name not in weights]
+    new = model.load_state_dict(weights, strict=False).missing_keys
     if os.environ.get("RANK", "0") == "0":
         say(f"begins with the weights of {folder}{', but for ' if new else ''}{', '.join(new)}")
 

@@ -39,8 +39,8 @@ wrong.py | wrong.py:1: batch_size: expected int
 --eval_interval | expected int
 --log_interval=0 | not between 1
 --log_interval=often | expected int
---init_from=resumed | there is no whole checkpoint resumed/ckpt.pt
---init_from=ckpt.pt | there is no whole checkpoint ckpt.pt/ckpt.pt
+--init_from=resumed | --init_from=resumed is neither scratch nor resume, nor the folder of a run
+--init_from=ckpt.pt | nor the folder of a run
 --init_from | expected str
 --init_from=resume | there is no whole checkpoint
 --init_from=resume --out_dir=nowhere | there is no whole checkpoint nowhere/ckpt.pt

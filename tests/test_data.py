@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import pickle
+import re
 import tarfile
 import zlib
 from pathlib import Path
@@ -27,6 +28,17 @@ def test_synthetic_is_labelled_the_same_each_time_and_of_any_size():
     assert set(y.tolist()) == set(y_val.tolist()) == set(range(10)) and y.dtype == torch.int64
     assert torch.equal(x, load_data("synthetic", image_size=20).train[0])
     assert x.float().std() > 50
+
+
+def test_a_label_may_be_missing(tmp_path):
+    """Then it is -1, and that picture is learned without one."""
+    x = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", x, np.arange(40) % 4 - 1)
+    tiny = [option for option in TINY if "dataset" not in option]
+    printed = here("cfm", *tiny, "--dataset=x.npz", "--max_iters=2", cwd=tmp_path)
+    counted = re.search(r"classes: 0: (\d+), 1: (\d+), 2: (\d+)\n", printed).groups()
+    _, y = load_data(str(tmp_path / "x.npz")).train
+    assert [int(n) for n in counted] == [(y == i).sum() for i in range(3)]
 
 
 def test_npz_as_sample_py_writes_it(tmp_path):

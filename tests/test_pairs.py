@@ -50,7 +50,7 @@ def test_noise_stays_with_its_picture(n, dtype, tmp_path):
         assert torch.equal(noise * 64, pictures.half())
     np.savez(tmp_path / "x.npz", arr_0=x)
     alone = load_data(str(tmp_path / "x.npz"))
-    assert place(alone, "cpu")[4:] == (None, None) and torch.equal(alone.train[0], x_train)
+    assert place(alone, "cpu")[4:] == [None, None] and torch.equal(alone.train[0], x_train)
     assert alone.checksum != data.checksum
 
 
@@ -59,6 +59,7 @@ def test_noise_stays_with_its_picture(n, dtype, tmp_path):
     np.zeros((2, 4, 4, 1), np.float32),
     np.zeros((3, 4, 4, 1), np.uint8),
     np.full((3, 4, 4, 1), np.nan),
+    np.full((3, 4, 4, 1), 1e6),  # not finite in half precision
 ])
 def test_noise_that_cannot_belong_to_the_pictures_is_refused(noise, tmp_path):
     np.savez(tmp_path / "x.npz", arr_0=np.zeros((3, 4, 4, 1), np.uint8), noise=noise)
@@ -69,17 +70,39 @@ def test_noise_that_cannot_belong_to_the_pictures_is_refused(noise, tmp_path):
 @pytest.mark.parametrize("script", ["ddpm", "cfm"])
 @pytest.mark.parametrize("option, message", [
     ("--image_size=4", "cannot be resized"),
-    ("--flip", "leave out --flip and --path"),
-    ("--path=ot", "leave out --flip and --path"),
+    ("--flip", "--flip=True does not go with pairs.npz, whose pictures have their noise"),
+    ("--path=vp --sampler=heun", "--path=vp does not go"),
+    ("--sigma=0.1", "--sigma=0.1 does not go"),
+    ("--sampler=ancestral", "--sampler=ancestral does not go"),
 ])
 def test_options_that_would_part_noise_and_pictures_are_refused(script, option, message, pairs):
-    if script == "ddpm" and "path" in option:
-        pytest.skip("only cfm.py has paths")
-    refused(script, "--dataset=pairs.npz", option, "--out_dir=new", cwd=pairs, message=message)
+    only = {"--path": "cfm", "--sigma": "cfm", "--sampler": "ddpm"}.get(option.partition("=")[0], script)
+    if script != only:
+        pytest.skip(f"an option of {only}.py")
+    options = ["--dataset=pairs.npz", *option.split(), "--out_dir=new"]
+    refused(script, *options, cwd=pairs, message=message)
+
+
+@pytest.mark.parametrize("script", ["ddpm", "cfm"])
+def test_a_model_of_pairs_draws_with_no_new_noise(script, pairs):
+    """Its pictures depend on theirs. Other models may, and checkpoints older than pairs."""
+    where = f"--out_dir=pairs-{script}"
+    here(script, *TINY, "--dataset=pairs.npz", "--max_iters=1", where, "--overwrite", cwd=pairs)
+    renewing = [["--sampler=ddim", "--eta=1"]] + [["--sampler=ancestral"]] * (script == "ddpm")
+    for options in renewing:
+        refused("sample", where, *options, cwd=pairs, message="the run learned from pairs")
+    sample(where, "--sampler=ddim", "--n_samples=2", cwd=pairs)
+    sample("--out_dir=x", "--sampler=ddim", "--eta=1", "--n_samples=2", cwd=pairs)
+    state = checkpoint(pairs / "x")
+    assert state["data"].pop("pairs") is False and checkpoint(pairs / where[10:])["data"]["pairs"]
+    (pairs / "older").mkdir(exist_ok=True)
+    torch.save(state, pairs / "older" / "ckpt.pt")
+    sample("--out_dir=older", "--sampler=ddim", "--eta=1", "--n_samples=2", cwd=pairs)
 
 
 @pytest.mark.parametrize("options", [
-    ["--save=x.png"], ["--save=folder"], ["--save=x.npz", "--sampler=ddim", "--eta=1"]])
+    ["--save=x.png"], ["--save=folder"], ["--save=x.npz", "--sampler=ddim", "--eta=1"],
+    ["--save=x.npz", "--task=interpolate"], ["--save=x.npz", "--task=reconstruct"]])
 def test_noise_is_kept_in_an_npz_and_only_if_it_is_all_there_is(options, pairs):
     refused("sample", "--out_dir=x", "--keep_noise", *options, cwd=pairs, message="--keep_noise goes")
 
@@ -99,6 +122,9 @@ def test_training_and_evaluation_take_the_noise_of_each_picture(script, pairs, m
         key = picture.permute(1, 2, 0).contiguous().numpy().tobytes()
         assert np.array_equal(its.permute(1, 2, 0).numpy(), partners[key].astype(np.float32))
     assert module.get_batch(x_train, y_train)[2] is None
+    shuffled, order = pairs / "shuffled.npz", np.random.default_rng(1).permutation(60)
+    np.savez(shuffled, **{name: known[name][order] for name in known if name != "classes"})
+    assert load_data(str(shuffled)).checksum == load_data(str(pairs / "pairs.npz")).checksum
     args = [*TINY, "--dataset=pairs.npz", "--learning_rate=0", "--overwrite", f"--out_dir={script}"]
     first = here(script, *args, "--max_iters=2", cwd=pairs)
     assert "60 pictures" not in first and "iteration 2 of 2" in first
@@ -138,8 +164,8 @@ def test_over_the_whole_way_the_mean_velocity_of_pairs_is_their_difference():
     field = VelocityField(model, ConditionalFlowMatcher(), spans=0.75)
     loss = field.loss(x1, noise=x0)
     t, s = calls[0].unbind(1)
-    assert t[:4].eq(0).all() and s[:4].eq(1).all() and t[6:].equal(s[6:])
-    assert (t[4:6] < s[4:6]).all()
+    assert t[2:6].eq(0).all() and s[2:6].eq(1).all() and t[6:].equal(s[6:])
+    assert (t[:2] < s[:2]).all()
     assert [len(call) for call in calls] == [8, 2, 2]
     error = (x1 - x0).square().flatten(1).mean(1)  # u = 0, and so is its slope
     assert loss.item() == pytest.approx((error / (error + 0.01)).mean().item(), rel=1e-6)
@@ -184,8 +210,10 @@ def test_a_run_begins_with_the_averaged_weights_of_another(script, pairs):
     for args, message in [
         (["--channels=16"], "its time.0.weight is (32, 8), here it is (64, 16)"),
         (["--conditional=false"], "its label.weight is (11, 32), here it is not there"),
-        (["--init_from=nowhere"], "there is no whole checkpoint nowhere/ckpt.pt"),
+        (["--init_from=nowhere"], "--init_from=nowhere is neither scratch nor resume, nor the folder"),
+        (["--overwrite", f"--out_dir=./{script}-first"], "is the --out_dir, too: choose another"),
     ]:
-        refused(script, *TINY, f"--init_from={script}-first", *args, "--out_dir=no", cwd=pairs, message=message)
+        args = ["--out_dir=no", f"--init_from={script}-first", *args]
+        refused(script, *TINY, *args, cwd=pairs, message=message)
     refused(other, *TINY, f"--init_from={script}-first", "--out_dir=no", cwd=pairs,
             message=f"is a run of {script}.py, not of {other}.py")
