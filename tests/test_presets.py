@@ -79,9 +79,35 @@ def test_the_textbooks_presets_run_with_plain_adam_and_uniform_times(script, sam
     assert config.items() >= expected[script].items()
 
 
-def test_the_preset_for_one_step_runs_and_draws_in_one_evaluation(tmp_path):
-    tiny = ["--dataset=synthetic", "--image_size=8", "--channels=8", "--max_iters=4", "--device=cpu"]
-    printed = here("cfm", "config/one_step.py", *tiny, "--batch_size=2", cwd=tmp_path)
-    assert "iteration 4 of 4" in printed
-    printed = here("sample", "--out_dir=out/one-step", "--n_samples=4", cwd=tmp_path)
-    assert "meanflow, 1 steps" in printed and "s, 1 evaluations of the model" in printed
+def commands_of(preset):
+    """[(script, [option, ...]), ...] that the preset's own text says to run."""
+    text = (ROOT / "config" / f"{preset}.py").read_text()
+    lines = re.findall(r"^    python (\w+)\.py(.*?)(?:  #.*)?$", text, re.M)
+    return [(script, options.split()) for script, options in lines]
+
+
+def test_the_preset_for_one_step_runs_by_its_commands_and_draws_in_one_evaluation(tmp_path):
+    commands = commands_of("one_step")
+    assert [script for script, _ in commands] == ["cfm", "sample", "cfm", "sample"]
+    tiny = ["--channels=8", "--max_iters=4", "--batch_size=4", "--device=cpu"]
+    more = [[*tiny, "--dataset=synthetic", "--image_size=8"], ["--n_samples=40"], tiny, ["--n_samples=4"]]
+    printed = [here(script, *options, *others, cwd=tmp_path)
+               for (script, options), others in zip(commands, more)]
+    assert "begins with the weights of out/cfm, but for span.0.weight" in printed[2]
+    assert "iteration 4 of 4" in printed[2] and "on out/pairs.npz: " in printed[2]
+    assert "meanflow, 1 steps" in printed[3] and "s, 1 evaluations of the model" in printed[3]
+
+
+@pytest.mark.parametrize("script", ["ddpm", "cfm"])
+def test_the_presets_for_likelihoods_run_by_their_commands(script, tmp_path):
+    (first, training), (second, measuring) = commands_of(f"likelihood_{script}")
+    assert (first, second) == (script, "sample")
+    tiny = ["--channels=8", "--max_iters=2", "--batch_size=4", "--device=cpu", "--dataset=synthetic"]
+    tiny += ["--image_size=8"] + ["--n_steps=20"] * (script == "ddpm")
+    assert "iteration 2 of 2" in here(script, *training, *tiny, cwd=tmp_path)
+    printed = here("sample", *measuring, "--n_samples=4", cwd=tmp_path)
+    assert "bits/dim (mean of 4 held-out" in printed
+    config = checkpoint(tmp_path / "out" / f"likelihood-{script}")["config"]
+    expected = {"ddpm": {"schedule": "log_snr", "prediction": "eps", "t_uniform": 1},
+                "cfm": {"t_mean": 3, "t_uniform": 0.4, "sigma": 0.0025}}
+    assert config.items() >= expected[script].items()
