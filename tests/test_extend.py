@@ -100,7 +100,7 @@ def test_a_schedule(project):
     insert(project / "ddpm.py", "# What the model is asked for", 'SCHEDULES["sigmoid"] = sigmoid_beta\n\n')
     learns(project, "ddpm", "--schedule=sigmoid")
     message = run(project, "ddpm", "--schedule=sigmoidal", code=2)
-    assert "expected linear, cosine, sigmoid" in message
+    assert "expected linear, cosine, log_snr, sigmoid" in message
 
 
 def test_a_curved_path_is_refused_a_sampler_for_straight_ones_and_drawn_by_others(project):
