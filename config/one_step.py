@@ -1,6 +1,6 @@
 """
 MNIST in a single evaluation of the model. It learns from pairs of noise and digit that a trained flow draws.
-    python cfm.py                                       # or take assets/cfm for out/cfm, here and below
+    python cfm.py                                       # not needed with --out_dir=assets/cfm, then --init_from=assets/cfm
     python sample.py --out_dir=out/cfm --n_samples=200000 --seed=1 --steps=6 --keep_noise --save=out/pairs.npz
     python cfm.py config/one_step.py
     python sample.py --out_dir=out/one-step             # in one step; with --steps=2 it is better

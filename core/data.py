@@ -54,7 +54,7 @@ def place(data, device, offload=False):
     With offload the training pictures and their noise stay in the CPU's memory. Calls fail() where the
     device has too little.
     """
-    stay = [0, 4] if offload else []
+    stay = [0, 4] if offload else []                 # of these parts: training pictures and their noise
     parts = list(enumerate([*data.train, *data.held_out, *data.noise]))
     if "cuda" in device:
         free, _ = torch.cuda.mem_get_info(device)
