@@ -36,8 +36,9 @@ save = "auto"             # x.png: a grid; x.gif: a frame per evaluation; x.npz:
 keep_noise = False        # in an .npz, also the noise (N, H, W, C) of each: pairs to train on
 sampler = "auto"          # euler, midpoint, heun, rk4, dopri5, meanflow, ddim, dpm++ or ancestral;
 #                           auto: that of the run's grids, but rk4 to reconstruct, dopri5 for a likelihood
-steps = 0                 # 0: as many as the run's grids have, but 20 to reconstruct and for a
-#                           likelihood; ancestral takes all, dopri5 as many as it needs
+steps = 0                 # 0: as many as the run's grids have, but 20 to reconstruct and for cfm's
+#                           likelihood, and all for ddpm's, which fewer estimate; ancestral takes
+#                           all, dopri5 as many as it needs
 eta = 0.0                 # noise in a step of ddim: from 0, none, to 1, as ancestral with fixedsmall
 clip = True               # clip predictions of the data to [-1, 1]; with cfm only ddim and dpm++ make any
 atol = 1e-4               # the error that dopri5 allows in a step: absolute,
@@ -290,30 +291,42 @@ def encode(method, x, y=None, sampler="rk4", steps=20, **options):
 # ---- likelihoods: here for both methods, as both measure one thing, and training needs neither ----
 
 @torch.no_grad()
-def bound(method, x0, y=None, randn=torch.randn_like):
+def bound(method, x0, y=None, randn=torch.randn_like, steps=None, u=None):
     """
     The terms of DDPM's bound on -log2 p(x0), Ho et al., eq. 5, in bits/dim, (B,) each.
 
     They are L_T, what is left of x0 at the end; the sum over t of KL(q(x_{t-1} | x_t, x_0) ||
     p(x_{t-1} | x_t)), each at a draw of x_t; and L_0, the discretised decoder of section 3.3.
-    x0 (B, *dim) has 256 levels from -1 to 1. It takes T evaluations of the model.
+    x0 (B, *dim) has 256 levels from -1 to 1. It takes T evaluations of the model, or steps of them,
+    from 2 to T. Then one t from each of steps - 1 stretches stands for all in it, an estimate without
+    bias; u (B,) in [0, 1) places it there, and is drawn unless given.
     """
     def column(table, t):
         return table[t].reshape(-1, *[1] * (x0.dim() - 1))
 
-    mean, var = method.q_xt_x0(x0, torch.full((len(x0),), method.n_steps - 1, device=x0.device))
-    prior = (mean.square() + var - 1 - var.log()) / 2
-    between = 0
-    for step in reversed(range(method.n_steps)):
-        t = torch.full((len(x0),), step, device=x0.device)
+    def step(t):
+        """A draw of x_t, and the mean and variance of p(x_{t-1} | x_t)."""
         xt = method.q_sample(x0, t, randn(x0))
-        mean, var = method.p_mean(xt, t, y, clip=True), column(method.sigma2, t)
-        if step > 0:                                         # the KL between two Gaussians
-            var_q = column(method.beta_tilde, t)
-            gap = method.q_posterior_mean(xt, t, x0) - mean
-            between = between + (var_q / var + gap.square() / var - 1 + (var / var_q).log()) / 2
+        return xt, method.p_mean(xt, t, y, clip=True), column(method.sigma2, t)
+
+    start = torch.zeros(len(x0), dtype=torch.long, device=x0.device)         # t of x_1, here 0
+    last, n = method.n_steps - 1, (steps or method.n_steps) - 1
+    u = torch.rand(len(x0), device=x0.device) if u is None else u
+    mean, var = method.q_xt_x0(x0, start + last)
+    prior = (mean.square() + var - 1 - var.log()) / 2
+
+    between = 0
+    edges = [1 + last * i // n for i in range(n + 1)]
+    for low, high in reversed(list(pairwise(edges))):
+        t = low + (u * (high - low)).long()
+        xt, mean, var = step(t)
+        var_q = column(method.beta_tilde, t)
+        gap = method.q_posterior_mean(xt, t, x0) - mean      # the KL between two Gaussians
+        kl = (var_q / var + gap.square() / var - 1 + (var / var_q).log()) / 2
+        between = between + (high - low) * kl
 
     # L_0: the share of N(mean, var) between the edges of x0's level, which at the ends are infinite
+    _, mean, var = step(start)
     x0, mean, std = (v.cpu().double() for v in (x0, mean, var.sqrt()))
     low = ((x0 - 1 / 255 - mean) / std).masked_fill(x0 < -0.999, -math.inf)
     high = ((x0 + 1 / 255 - mean) / std).masked_fill(x0 > 0.999, math.inf)
@@ -407,9 +420,11 @@ def check_request(config, is_ddpm, num_classes, auto, paired=False):
 
     adds_noise = sampler == "ancestral" or eta
     real = task in ("reconstruct", "likelihood")
-    if task == "likelihood" and is_ddpm and (not auto or steps):
-        fail("--task=likelihood of ddpm is the bound, over all its steps: "
-             "leave out --sampler and --steps")
+    by_bound = task == "likelihood" and is_ddpm
+    if by_bound and not auto:
+        fail("--task=likelihood of ddpm is the bound: leave out --sampler")
+    if by_bound and steps == 1:
+        fail("--steps=1: the bound needs at least 2")
     if task == "interpolate" and adds_noise:
         fail("--task=interpolate needs a sampler that adds no noise: add --sampler=ddim --eta=0")
     if real and sampler not in REVERSIBLE:
@@ -424,7 +439,7 @@ def check_request(config, is_ddpm, num_classes, auto, paired=False):
     if eta and not is_ddpm and (config["path"] != "icfm" or config["sigma"]):
         fail(f"--eta={eta}: the noise to renew is independent of the data only for --path=icfm "
              "and --sigma=0")
-    if sampler == "dopri5" and steps:
+    if sampler == "dopri5" and steps and not by_bound:
         fail(f"--steps={steps}: dopri5 takes as many as --atol and --rtol need")
     if task == "likelihood" and save != "auto":
         fail(f"--save={save}: a likelihood is printed, not saved")
@@ -558,11 +573,13 @@ if __name__ == "__main__":
     if sampler not in script.LIMITS["sampler"]:
         fail(f"--sampler={sampler} is not for {script.METHOD}, "
              f"choose {' or '.join(script.LIMITS['sampler'])}")
+    by_bound = task == "likelihood" and is_ddpm
     check_request(config, is_ddpm, num_classes, auto, checkpoint["data"].get("pairs"))
     wanted = wanted_classes(classes)
     with explained():
         check_sampler(sampler, script.build(None, config))
-    steps = steps or min(20 if real else config["sample_steps"], config.get("n_steps", math.inf))
+    most = config.get("n_steps", math.inf)
+    steps = steps or (most if by_bound else min(most, 20 if real else config["sample_steps"]))
     device, _, _ = choose_machine(device)
     batch_size = batch_size or (100 if device == "cpu" else 250)
     if real or sampler == "dopri5":                          # their errors are smaller than TF32's
@@ -595,21 +612,22 @@ if __name__ == "__main__":
         claimed = claim(save)
 
     method = script.build(model.to(device), config, device)
-    evaluations, told = 0, time.monotonic()
+    evaluations, reported = 0, time.monotonic()
 
     def count(*_):
         """Is called at each evaluation of the model."""
-        global evaluations, told
+        global evaluations, reported
         evaluations += 1
-        if time.monotonic() - told > 10:
+        if time.monotonic() - reported > 10:
             say(f"{evaluations} evaluations of the model so far")
-            told = time.monotonic()
+            reported = time.monotonic()
 
     model.register_forward_hook(count)
-    by_bound = task == "likelihood" and is_ddpm
     how = f"{sampler}, {steps} steps"
-    if by_bound or sampler == "ancestral":
-        how = f"{'the bound' if by_bound else 'ancestral'}, all steps"
+    if by_bound:
+        how = f"the bound, {steps} of {config['n_steps']} steps"
+    elif sampler == "ancestral":
+        how = "ancestral, all steps"
     elif sampler == "dopri5":
         how = f"dopri5, atol {atol}, rtol {rtol}"
     say(f"{task} {n_samples} pictures by {script.METHOD}, iteration {checkpoint['iteration']}: "
@@ -617,11 +635,11 @@ if __name__ == "__main__":
 
     requested, start = catch_stop_signals(), time.monotonic()
     options = {"atol": atol, "rtol": rtol} if sampler == "dopri5" else {}
-    bits, frames, most = [], [], 0
+    bits, frames, cost = [], [], 0
     for i in range(0, n_samples, batch_size):
         label = y[i:i + batch_size].to(device)
         draws = Draws(range(i, i + len(label)), (C, H, W), device)
-        evaluations, told = 0, time.monotonic()
+        evaluations, reported = 0, time.monotonic()
         if real:
             x = x_val[i:i + len(label)].to(device).float()
         if sampler in ("ddim", "ancestral"):
@@ -630,7 +648,9 @@ if __name__ == "__main__":
             options["eta"] = eta
         with explained(kind=FloatingPointError):             # dopri5 that cannot go on
             if by_bound:
-                bits.append(torch.stack(bound(method, x / 127.5 - 1, label, draws.randn)))
+                u = draws.rand().flatten(1)[:, 0]            # a number for each picture
+                terms = bound(method, x / 127.5 - 1, label, draws.randn, steps, u)
+                bits.append(torch.stack(terms))
             elif task == "likelihood":
                 # Dequantisation: with u uniform over the width of a level, 1 / 127.5, log P(level) is
                 # at least E log p(x + u) - D log(127.5).
@@ -656,7 +676,7 @@ if __name__ == "__main__":
                         picture = Image.fromarray(picture.squeeze(2) if C == 1 else picture)
                         with explained(f"--save={save}: ", OSError):
                             picture.save(save / f"{n:06d}.png")
-        most, done = max(most, evaluations), i + len(label)
+        cost, done = max(cost, evaluations), i + len(label)
         if done < n_samples and requested:
             say(f"stopped after {done} of {n_samples}")
             n_samples = done
@@ -665,7 +685,7 @@ if __name__ == "__main__":
             left = (time.monotonic() - start) / done * (n_samples - done) / 60
             say(f"{done} done, {left:.1f} min left")
     pictures, y = pictures[:n_samples], y[:n_samples]
-    took = f"{time.monotonic() - start:.1f} s, {most} evaluations of the model"
+    took = f"{time.monotonic() - start:.1f} s, {cost} evaluations of the model"
     code = 128 + requested[0] if requested else 0
 
     if task == "likelihood":

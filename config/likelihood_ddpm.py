@@ -1,7 +1,7 @@
 """
 MNIST for few bits/dim. For eps, at signal-to-noise ratios even in their logarithm, the plain squared error is the bound, but for constants.
     python ddpm.py config/likelihood_ddpm.py
-    python sample.py --out_dir=out/likelihood-ddpm --task=likelihood --n_samples=100
+    python sample.py --out_dir=out/likelihood-ddpm --task=likelihood --n_samples=10000 --steps=20
 """
 out_dir = "out/likelihood-ddpm"
 schedule = "log_snr"     # Kingma et al. 2021 (arXiv 2107.00630): from noise of a sixth of a grey level on

@@ -250,14 +250,15 @@ out/cfm | cannot read the config file
 --task=reconstruct --exact | goes with --task=likelihood
 """
 SAMPLE_DDPM = """
---task=likelihood --sampler=dpm++ | leave out --sampler and --steps
+--task=likelihood --sampler=dpm++ | leave out --sampler
 --task=interpolate --sampler=ancestral | needs a sampler that adds no noise
 --task=interpolate --sampler=ddim --eta=1 | needs a sampler that adds no noise
 --sampler=ancestral --steps=20 | ancestral sampling takes all 1000 steps
 --steps=1001 | the run has only 1000
 --save=x.gif --sampler=ancestral | a .gif has a frame a step
 --guidance_interval=0.2,0.8 --guidance=2 --sampler=ancestral | not with dopri5 or ancestral
---task=likelihood --steps=10 | over all its steps
+--task=likelihood --steps=1 | needs at least 2
+--task=likelihood --steps=1001 | the run has only 1000
 --task=likelihood --exact | goes with --task=likelihood of cfm
 """
 SAMPLE_CFM = """

@@ -418,6 +418,31 @@ def test_bound_of_a_gaussian_is_exact_to_three_digits(variance, schedule, n_step
     assert found == pytest.approx(expected, rel=3e-3, abs=1e-5)
 
 
+@pytest.mark.parametrize("steps", [2, 7, 20])
+def test_the_bound_of_few_terms_is_that_of_all_on_average(steps):
+    """Over all places u within the stretches, and without noise: the mean is the whole sum."""
+    method = exact_ddpm(((1.0, 0.1, 0.2),), 40, schedule="cosine")
+    x0 = torch.tensor([[0.0], [0.5], [-1.0]])
+    whole = bound(method, x0, randn=torch.zeros_like)
+    widths = {39 * (i + 1) // (steps - 1) - 39 * i // (steps - 1) for i in range(steps - 1)}
+    places = math.lcm(*widths)
+    u = (torch.arange(places) + 0.5) / places
+    for x, *expected in zip(x0, *whole):
+        parts = bound(method, x.expand(places, 1), randn=torch.zeros_like, steps=steps, u=u)
+        found = [part.double().mean().item() for part in parts]
+        assert found == pytest.approx([term.item() for term in expected], rel=1e-5)
+    one = bound(method, x0, randn=torch.zeros_like, steps=steps, u=torch.full((3,), 1 - 2**-24))
+    assert not torch.allclose(one[1], whole[1], rtol=0.01)
+
+
+@pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2**-24])
+def test_the_bound_of_as_many_terms_as_steps_has_each_once(u):
+    asked = []
+    method = DenoiseDiffusion(lambda t, x, y: asked.append(t.tolist()) or x * 0, n_steps=50)
+    bound(method, torch.zeros(2, 1), steps=50, u=torch.full((2,), u))
+    assert asked == [[t, t] for t in reversed(range(50))]
+
+
 def test_the_decoder_of_the_bound_sums_to_one_and_has_no_holes():
     """
     Over the 256 levels the probabilities add up to 1; far from the mean they are tiny, but never 0.
