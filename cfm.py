@@ -459,13 +459,30 @@ def update_average(ema, model, it):
     get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), it)
 
 
+def fixed_batches(x, y, noise, num_classes):
+    """
+    What all evaluations and grids of a run share, so that they are comparable.
+
+    That is (x, y, noise, u) for evaluate(), of the first 256 held-out pictures, with their own noise
+    where they have some; and (noise, y) for sample_grid(), a row of ten for each class.
+    """
+    device, fixed = x.device, torch.Generator().manual_seed(0)
+    x, y = x[:256].float() / 127.5 - 1, y[:256]
+    drawn = torch.randn(x.shape, generator=fixed).to(device)
+    noise = drawn if noise is None else noise[:256].float()
+    u = torch.rand(len(x), generator=fixed).to(device)
+    grid_noise = torch.randn(100, *x.shape[1:], generator=fixed).to(device)
+    row = torch.arange(100, device=device) // 10
+    grid_labels = row % num_classes if num_classes else torch.full_like(row, -1)
+    return (x, y, noise, u), (grid_noise, grid_labels)
+
+
 @torch.no_grad()
 def evaluate(method, x, y, noise, u):
     """
     Mean loss on x (N, C, H, W) with labels y (N,): over all times, then in each quarter of them.
 
-    u (N,) in [0, 1) places each time within its quarter. It and the noise, like x, are fixed, so
-    that evaluations are comparable.
+    u (N,) in [0, 1) places each time within its quarter.
     """
     torch.manual_seed(seed)
     quarters = []
@@ -509,7 +526,7 @@ FIXED += ["image_size", "conditional", "muon", "adam_beta2", *ARCHITECTURE]
 if __name__ == "__main__":
     from configurator import TRAINING, configure, explained, fail, resume
     from core.data import load_data, place
-    from core.machine import choose_machine, describe_model, init_distributed
+    from core.machine import choose_machine, describe_machine, describe_model, init_distributed
     from core.run import (Run, load_checkpoint, load_weights, require_pairs_kept, require_room,
                           require_same_data, restore, survive, take_weights)
     from unet import Muon, UNet
@@ -574,25 +591,14 @@ if __name__ == "__main__":
         net = torch.nn.parallel.DistributedDataParallel(net)
     trained, averaged = build(net, config, device), build(ema, config, device)
 
-    # Evaluation always uses the same held-out pictures and noise. The grid has a row per class.
-    fixed = torch.Generator().manual_seed(0)
-    x_val, y_val = x_val[:256].float() / 127.5 - 1, y_val[:256]
-    noise = torch.randn(x_val.shape, generator=fixed).to(device)
-    noise = noise if noise_val is None else noise_val[:256].float()
-    u = torch.rand(len(x_val), generator=fixed).to(device)
-    grid_noise = torch.randn(100, *picture_shape, generator=fixed).to(device)
-    row = torch.arange(100, device=device) // 10
-    grid_labels = row % num_classes if num_classes else torch.full_like(row, -1)
+    held_out_batch, grid_batch = fixed_batches(x_val, y_val, noise_val, num_classes)
 
     pictures_per_iter = batch_size * gradient_accumulation_steps * world_size
     run = Run(out_dir, processes, it, max_iters, pictures_per_iter, bool(checkpoint), overwrite)
-    run.say(f"{METHOD} on {dataset}: {len(x_train)} pictures of {picture_shape}, "
-            f"{num_classes} classes")
-    if data.classes:
-        run.say(f"classes: {data.counts()}")
-    run.say(describe_model(ema, t=u[:1], x=x_val[:1], y=y_val[:1]))
-    run.say(f"{device}, {dtype}, {'compiled' if compile else 'not compiled'}, "
-            f"{world_size} process{'es' if world_size > 1 else ''}")
+    run.say(f"{METHOD} on {dataset}: {data.describe()}")
+    x, y, _, u = (v[:1] for v in held_out_batch)
+    run.say(describe_model(ema, t=u, x=x, y=y))
+    run.say(describe_machine(device, dtype, compile, world_size))
     until = f"to {max_iters}" if not minutes else f"for {minutes:g} minutes"
     run.say(f"iterations {it} {until}, of {pictures_per_iter} pictures each")
     run.say(f"samples, log.csv and ckpt.pt go to {Path(out_dir).resolve()}")
@@ -629,7 +635,7 @@ if __name__ == "__main__":
             max_iters = run.iterations_in(minutes, it, speed)
         evaluating = it % eval_interval == 0 or it == max_iters
         with autocast:
-            held_out = evaluate(averaged, x_val, y_val, noise, u) if evaluating else []
+            held_out = evaluate(averaged, *held_out_batch) if evaluating else []
         run.require_finite(it, [loss, *held_out], model)
         if logging:
             run.log(it, loss, lr, speed, held_out, optimizer)
@@ -642,6 +648,6 @@ if __name__ == "__main__":
                                 optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
         if evaluating:
             with autocast, survive(FloatingPointError, "draw a grid"):    # dopri5 may fail
-                run.save_grid(it, sample_grid(averaged, grid_noise, grid_labels), held_out)
+                run.save_grid(it, sample_grid(averaged, *grid_batch), held_out)
         run.start_clock(it)
     run.finish(it)

@@ -152,3 +152,9 @@ def describe_model(model, **inputs):
     line = f"{sum(p.numel() for p in model.parameters()):,} parameters"
     flops = count_flops(model, **inputs)
     return f"{line}, {flops / 1e6:.1f} MFLOP a picture in a forward pass" if flops else line
+
+
+def describe_machine(device, dtype, compile, world_size):
+    """A line about what a run computes on, and how."""
+    compiled = "compiled" if compile else "not compiled"
+    return f"{device}, {dtype}, {compiled}, {world_size} process{'es' if world_size > 1 else ''}"

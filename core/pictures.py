@@ -56,6 +56,12 @@ class Data:
             found.append("as many pictures, but not the same, or other labels or noise")
         return "; ".join(found)
 
+    def describe(self):
+        """A line with its size, and if it has classes, another one with those."""
+        x, _ = self.train
+        line = f"{len(x)} pictures of {tuple(x.shape[1:])}, {len(self.classes)} classes"
+        return f"{line}\nclasses: {self.counts()}" if self.classes else line
+
     def counts(self):
         """A line with the number of pictures to train on, of each class."""
         y = self.train[1]
