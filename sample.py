@@ -381,6 +381,48 @@ def slerp(a, b, share):
 
 # ---- the command ----
 
+def load_model(checkpoint, path):
+    """The UNet of the checkpoint at path, with its averaged weights or the latest; calls fail()."""
+    from configurator import explained, fail
+    from unet import UNet
+
+    if not ema and not checkpoint["model"]:
+        fail(f"{path} holds the averaged weights only")
+    with explained(f"{path} is of another version of this program: "):
+        model = UNet(**checkpoint["model_args"]).eval().requires_grad_(False)
+        model = model.to(memory_format=torch.channels_last)
+        model.load_state_dict(checkpoint["ema" if ema else "model"])
+        num_classes, names = checkpoint["model_args"]["num_classes"], checkpoint["data"]["classes"]
+        if num_classes != len(names):
+            raise ValueError(f"{num_classes} classes, but {len(names)} names")
+        if len(checkpoint["picture_shape"]) != 3:
+            raise ValueError(f"pictures of {checkpoint['picture_shape']}")
+    return model
+
+
+def load_held_out(config, checkpoint):
+    """
+    The first n_samples held-out pictures of the run's data, uint8 (N, C, H, W), and labels (N,).
+
+    Calls fail() if there are fewer, or if the data are not what the run was trained on.
+    """
+    from configurator import explained, fail
+    from core.data import load_data
+
+    where = dataset or config["dataset"]
+    as_in_training = [config[name] for name in ("image_size", "conditional", "background")]
+    with explained(f"the data of the run, {config['dataset']}: "):
+        data = load_data(where, data_dir or config["data_dir"], *as_in_training)
+    changed = data.differences(checkpoint["data"])
+    if changed:
+        fail(f"--dataset={where} is not what the run was trained on ({changed}): "
+             "give the path to that")
+    x, y = data.held_out
+    if n_samples > len(x):
+        fail(f"--n_samples={n_samples}: only {len(x)} pictures are held out")
+    return x[:n_samples], y[:n_samples]
+
+
 def wanted_classes(classes):
     """The numbers of the classes that --labels names, or of all; calls fail() for one unknown."""
     from configurator import fail
@@ -403,15 +445,6 @@ def wanted_classes(classes):
                 known = f"0 to {len(classes) - 1}"
             fail(f"--labels: there is no {name}, the model has {known}")
     return [number[name] for name in names]
-
-
-def labels_to_save(classes, y):
-    """arr_1: labels as the data had them where they are numbers; else arr_1 numbers the names in classes."""
-    if not classes:
-        return {}
-    if all(name.isdecimal() and str(int(name)) == name and int(name) < 2**63 for name in classes):
-        return {"arr_1": torch.tensor([int(name) for name in classes])[y].numpy()}
-    return {"arr_1": y.numpy(), "classes": classes}
 
 
 def check_request(config, is_ddpm, num_classes, auto, paired=False):
@@ -471,35 +504,17 @@ def check_request(config, is_ddpm, num_classes, auto, paired=False):
              "dopri5 or ancestral sampling")
 
 
-def claim(path):
-    """Calls fail() if the path cannot be written to, or if that would mix up what is there."""
-    import tempfile
-
-    from configurator import explained, fail
-    from core.run import lock
-
-    with explained(f"--save={path}: "):
-        taken = path.is_dir() and (path.suffix or {p.name for p in path.iterdir()} - {".lock"})
-        if path.suffix not in (".png", ".gif", ".npz", "") or taken:
-            fail(f"--save={path}: must end in .png, .gif or .npz, "
-                 "or else be a new or empty folder without a dot")
-        folder = path.parent if path.suffix else path
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-        return None if path.suffix else lock(folder, "--save")           # held as long as referred to
-
-
-def save_gif(file, frames, seconds=3.0):
-    """An animation of frames, (N, C, H, W) in [-1, 1] each, in a grid; the last one stays a while."""
-    from torchvision.transforms.functional import to_pil_image
-    from torchvision.utils import make_grid
-
-    grids = [make_grid(x, nrow=10, normalize=True, value_range=(-1, 1)) for x in frames]
-    colours = 16 if frames[0].shape[1] == 1 else 128                    # few make a small file
-    pictures = [to_pil_image(grid).quantize(colours) for grid in grids]
-    pause = 1000 * seconds / len(pictures)                              # in milliseconds
-    pictures[0].save(file, format="gif", save_all=True, append_images=pictures[1:], loop=0,
-                     duration=[pause] * (len(pictures) - 1) + [2000])
+def bits_per_dim(method, x, y, draws, by_bound, options):
+    """What pictures x (B, C, H, W), of levels 0 to 255, take at most: (terms, B), to be added up."""
+    if by_bound:
+        u = draws.rand().flatten(1)[:, 0]                    # a number for each picture
+        return torch.stack(bound(method, x / 127.5 - 1, y, draws.randn, steps, u))
+    # Dequantisation: with u uniform over the width of a level, 1 / 127.5, log P(level) is at least
+    # E log p(x + u) - D log(127.5).
+    spread = (x + draws.rand() - 0.5) / 127.5 - 1
+    probe = None if exact else draws.randn().sign()
+    nats = log_likelihood(method, spread, y, sampler, steps, probe, **options).cpu()
+    return math.log2(127.5) - nats[None] / (x[0].numel() * math.log(2))
 
 
 class Draws:
@@ -529,23 +544,15 @@ class Draws:
         return torch.stack(noise).to(self.device)
 
 
-def to_bytes(x):
-    """Pictures (B, C, H, W) in [-1, 1] as uint8 (B, H, W, C), on the CPU."""
-    return (x * 127.5 + 127.5).round().clip(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
 if __name__ == "__main__":
     import importlib
 
     import numpy as np
-    from PIL import Image
-    from torchvision.utils import make_grid
 
     from configurator import TRAINING, Options, configure, explained, fail, say
-    from core.data import load_data
     from core.machine import choose_machine
-    from core.run import atomic_write, catch_stop_signals, load_checkpoint
-    from unet import UNet
+    from core.run import catch_stop_signals, load_checkpoint
+    from core.save import claim, labels_to_save, save_pictures, save_pngs, to_bytes
 
     configure(globals(), LIMITS)
     ckpt_path = Path(out_dir, "ckpt.pt")
@@ -555,16 +562,9 @@ if __name__ == "__main__":
     is_ddpm = checkpoint["method"] == "ddpm"
     script = importlib.import_module(checkpoint["method"])
     config = Options(vars(script), TRAINING | script.LIMITS).restored(checkpoint["config"])
-    if not ema and not checkpoint["model"]:
-        fail(f"{ckpt_path} holds the averaged weights only")
-    with explained(f"{ckpt_path} is of another version of this program: "):
-        model = UNet(**checkpoint["model_args"]).eval().requires_grad_(False)
-        model = model.to(memory_format=torch.channels_last)
-        model.load_state_dict(checkpoint["ema" if ema else "model"])
-        num_classes, classes = checkpoint["model_args"]["num_classes"], checkpoint["data"]["classes"]
-        if num_classes != len(classes):
-            raise ValueError(f"{num_classes} classes, but {len(classes)} names")
-        C, H, W = checkpoint["picture_shape"]
+    model = load_model(checkpoint, ckpt_path)
+    classes = checkpoint["data"]["classes"]
+    C, H, W = checkpoint["picture_shape"]
 
     # what is asked for, and whether it can be had
     auto, real = sampler == "auto", task in ("reconstruct", "likelihood")
@@ -574,7 +574,7 @@ if __name__ == "__main__":
         fail(f"--sampler={sampler} is not for {script.METHOD}, "
              f"choose {' or '.join(script.LIMITS['sampler'])}")
     by_bound = task == "likelihood" and is_ddpm
-    check_request(config, is_ddpm, num_classes, auto, checkpoint["data"].get("pairs"))
+    check_request(config, is_ddpm, len(classes), auto, checkpoint["data"].get("pairs"))
     wanted = wanted_classes(classes)
     with explained():
         check_sampler(sampler, script.build(None, config))
@@ -592,18 +592,7 @@ if __name__ == "__main__":
         pictures = np.empty((n_samples, H, W, C), np.uint8)
         noises = np.empty(pictures.shape, np.float16)    # takes no memory unless it is filled
     if real:
-        with explained(f"the data of the run, {config['dataset']}: "):
-            as_in_training = [config[name] for name in ("image_size", "conditional", "background")]
-            dataset, data_dir = dataset or config["dataset"], data_dir or config["data_dir"]
-            data = load_data(dataset, data_dir, *as_in_training)
-        changed = data.differences(checkpoint["data"])
-        if changed:
-            fail(f"--dataset={dataset} is not what the run was trained on ({changed}): "
-                 "give the path to that")
-        x_val, y_val = data.held_out
-        if n_samples > len(x_val):
-            fail(f"--n_samples={n_samples}: only {len(x_val)} pictures are held out")
-        y = y_val[:n_samples] if num_classes else torch.full((n_samples,), -1)
+        x_val, y = load_held_out(config, checkpoint)
     else:
         in_a_row = 10 if task == "interpolate" else 1
         y = torch.tensor(wanted or [-1]).repeat_interleave(in_a_row)
@@ -647,17 +636,8 @@ if __name__ == "__main__":
         if sampler == "ddim":
             options["eta"] = eta
         with explained(kind=FloatingPointError):             # dopri5 that cannot go on
-            if by_bound:
-                u = draws.rand().flatten(1)[:, 0]            # a number for each picture
-                terms = bound(method, x / 127.5 - 1, label, draws.randn, steps, u)
-                bits.append(torch.stack(terms))
-            elif task == "likelihood":
-                # Dequantisation: with u uniform over the width of a level, 1 / 127.5, log P(level) is
-                # at least E log p(x + u) - D log(127.5).
-                spread = (x + draws.rand() - 0.5) / 127.5 - 1
-                probe = None if exact else draws.randn().sign()
-                nats = log_likelihood(method, spread, label, sampler, steps, probe, **options)
-                bits.append(math.log2(127.5) - nats[None].cpu() / (C * H * W * math.log(2)))
+            if task == "likelihood":
+                bits.append(bits_per_dim(method, x, label, draws, by_bound, options))
             else:
                 noise = draws.between() if task == "interpolate" else draws.randn()
                 if real:
@@ -672,10 +652,8 @@ if __name__ == "__main__":
                 if keep_noise:
                     noises[i:i + batch_size] = noise.permute(0, 2, 3, 1).cpu()
                 if save.suffix == "":
-                    for n, picture in enumerate(pictures[i:i + batch_size], i):
-                        picture = Image.fromarray(picture.squeeze(2) if C == 1 else picture)
-                        with explained(f"--save={save}: ", OSError):
-                            picture.save(save / f"{n:06d}.png")
+                    with explained(f"--save={save}: ", OSError):
+                        save_pngs(save, pictures[i:i + batch_size], i)
         cost, done = max(cost, evaluations), i + len(label)
         if done < n_samples and requested:
             say(f"stopped after {done} of {n_samples}")
@@ -701,15 +679,9 @@ if __name__ == "__main__":
         say(f"restored to {np.sqrt((gap**2).mean()):.3f} of 255 grey levels (rms), "
             f"{abs(gap).max():.0f} at worst")
     if save.suffix:                                          # else they are there already
-        with explained(f"--save={save}: ", OSError), atomic_write(save) as f:
-            if save.suffix == ".png":
-                grid = make_grid(torch.from_numpy(pictures).permute(0, 3, 1, 2), nrow=10)
-                Image.fromarray(grid.permute(1, 2, 0).numpy()).save(f, format="png")
-            elif save.suffix == ".gif":
-                save_gif(f, [torch.cat(parts) for parts in zip(*frames)])
-            else:
-                noise = {"noise": noises[:n_samples]} if keep_noise else {}
-                np.savez(f, arr_0=pictures, **labels_to_save(classes, y), **noise)
+        arrays = labels_to_save(classes, y) | ({"noise": noises[:n_samples]} if keep_noise else {})
+        with explained(f"--save={save}: ", OSError):
+            save_pictures(save, pictures, frames, arrays)
     elif claimed:
         Path(claimed.name).unlink(missing_ok=True)
     say(f"{took}: {save}")

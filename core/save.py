@@ -1,0 +1,67 @@
+"""What sample.py writes: a grid, an animation, an .npz file, or a folder of PNGs."""
+import tempfile
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+
+from configurator import explained, fail
+from core.run import atomic_write, lock
+
+
+def claim(path):
+    """Calls fail() if the path cannot be written to, or if that would mix up what is there."""
+    with explained(f"--save={path}: "):
+        taken = path.is_dir() and (path.suffix or {p.name for p in path.iterdir()} - {".lock"})
+        if path.suffix not in (".png", ".gif", ".npz", "") or taken:
+            fail(f"--save={path}: must end in .png, .gif or .npz, "
+                 "or else be a new or empty folder without a dot")
+        folder = path.parent if path.suffix else path
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        return None if path.suffix else lock(folder, "--save")           # held as long as referred to
+
+
+def to_bytes(x):
+    """Pictures (B, C, H, W) in [-1, 1] as uint8 (B, H, W, C), on the CPU."""
+    return (x * 127.5 + 127.5).round().clip(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def labels_to_save(classes, y):
+    """arr_1: labels as the data had them where they are numbers; else arr_1 numbers the names in classes."""
+    if not classes:
+        return {}
+    if all(name.isdecimal() and str(int(name)) == name and int(name) < 2**63 for name in classes):
+        return {"arr_1": torch.tensor([int(name) for name in classes])[y].numpy()}
+    return {"arr_1": y.numpy(), "classes": classes}
+
+
+def save_pictures(path, pictures, frames, arrays):
+    """A grid, an animation, or pictures uint8 (N, H, W, C) and other arrays, as the path ends."""
+    with atomic_write(path) as f:
+        if path.suffix == ".png":
+            grid = make_grid(torch.from_numpy(pictures).permute(0, 3, 1, 2), nrow=10)
+            Image.fromarray(grid.permute(1, 2, 0).numpy()).save(f, format="png")
+        elif path.suffix == ".gif":
+            save_gif(f, [torch.cat(parts) for parts in zip(*frames)])
+        else:
+            np.savez(f, arr_0=pictures, **arrays)
+
+
+def save_pngs(folder, pictures, first):
+    """A file for each of the pictures, uint8 (B, H, W, C), named by its number from first on."""
+    for n, picture in enumerate(pictures, first):
+        picture = picture.squeeze(2) if picture.shape[2] == 1 else picture
+        Image.fromarray(picture).save(folder / f"{n:06d}.png")
+
+
+def save_gif(file, frames, seconds=3.0):
+    """An animation of frames, (N, C, H, W) in [-1, 1] each, in a grid; the last one stays a while."""
+    grids = [make_grid(x, nrow=10, normalize=True, value_range=(-1, 1)) for x in frames]
+    colours = 16 if frames[0].shape[1] == 1 else 128                    # few make a small file
+    pictures = [to_pil_image(grid).quantize(colours) for grid in grids]
+    pause = 1000 * seconds / len(pictures)                              # in milliseconds
+    pictures[0].save(file, format="gif", save_all=True, append_images=pictures[1:], loop=0,
+                     duration=[pause] * (len(pictures) - 1) + [2000])
