@@ -161,7 +161,7 @@ class ExactOptimalTransportConditionalFlowMatcher(ConditionalFlowMatcher):
         return x0[self.match(cost).to(x0.device)]
 
     def match(self, cost):
-        """A column for each row of cost (n, n), (n,): the permutation of the least total cost."""
+        """The column (n,) matched to each row of cost (n, n), so that the total cost is least."""
         try:
             from scipy.optimize import linear_sum_assignment
         except ImportError:
@@ -235,10 +235,10 @@ class SchrodingerBridgeConditionalFlowMatcher(ExactOptimalTransportConditionalFl
 
 def sinkhorn(cost, reg, tolerance=0.01, max_iters=1000):
     """
-    The entropic plan of cost (n, n), (n, n): the least <plan, cost> + reg <plan, log plan>.
+    The plan (n, n) that minimises <plan, cost> + reg <plan, log plan>, for a cost (n, n).
 
-    All rows and columns sum to 1 / n, columns to within the tolerance (Cuturi 2013, arXiv
-    1306.0895). In logarithms nothing underflows. A large reg goes before, for it converges fast.
+    Its rows and columns each sum to 1 / n, columns to within the tolerance (Cuturi 2013, arXiv
+    1306.0895). In logarithms nothing underflows. reg starts large, where few iterations are enough.
     """
     cost = cost.double()
     step = 4 * max(reg, cost[cost.isfinite()].max().item())
@@ -435,8 +435,8 @@ def get_batch(pictures, labels, noise=None):
     device = labels.device
     i = torch.randint(len(pictures), (batch_size,))
     x = pictures[i.to(pictures.device, non_blocking=True)]
-    if x.device != device:                           # offloaded: only from pinned memory does a copy
-        x = x.pin_memory()                           # not hold up the CPU
+    if x.device != device:                           # offloaded: copying from pinned memory does not
+        x = x.pin_memory()                           # hold up the CPU
     x = x.to(device, non_blocking=True).float() / 127.5 - 1
     if flip:
         mirrored = torch.rand(batch_size, 1, 1, 1, device=device) < 0.5

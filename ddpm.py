@@ -373,8 +373,8 @@ def get_batch(pictures, labels, noise=None):
     device = labels.device
     i = torch.randint(len(pictures), (batch_size,))
     x = pictures[i.to(pictures.device, non_blocking=True)]
-    if x.device != device:                           # offloaded: only from pinned memory does a copy
-        x = x.pin_memory()                           # not hold up the CPU
+    if x.device != device:                           # offloaded: copying from pinned memory does not
+        x = x.pin_memory()                           # hold up the CPU
     x = x.to(device, non_blocking=True).float() / 127.5 - 1
     if flip:
         mirrored = torch.rand(batch_size, 1, 1, 1, device=device) < 0.5

@@ -35,12 +35,12 @@ save = "auto"             # x.png: a grid; x.gif: a frame per evaluation; x.npz:
 #                           auto: a grid in out_dir
 keep_noise = False        # in an .npz, also the noise (N, H, W, C) of each: pairs to train on
 sampler = "auto"          # euler, midpoint, heun, rk4, dopri5, meanflow, ddim, dpm++ or ancestral;
-#                           auto: that of the run's grids, but rk4 to reconstruct, dopri5 for a likelihood
+#                           auto: the run's own, but rk4 to reconstruct, dopri5 for a likelihood
 steps = 0                 # 0: as many as the run's grids have, but 20 to reconstruct and for cfm's
 #                           likelihood, and all for ddpm's, which fewer estimate; ancestral takes
 #                           all, dopri5 as many as it needs
 eta = 0.0                 # noise in a step of ddim: from 0, none, to 1, as ancestral with fixedsmall
-clip = True               # clip predictions of the data to [-1, 1]; with cfm only ddim and dpm++ make any
+clip = True               # clip predicted data to [-1, 1]; with cfm, only ddim and dpm++ predict it
 atol = 1e-4               # the error that dopri5 allows in a step: absolute,
 rtol = 1e-4               # and relative
 exact = False             # likelihood of cfm: exact, for tiny pictures; false: an estimate

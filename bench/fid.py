@@ -130,7 +130,7 @@ def measure(look, x, name, path=None, stop=()):
     """
     moments = load_moments(path) if path else Moments()
     there, start = moments.n, time.monotonic()
-    told = saved = start
+    reported = saved = start
     while moments.n < len(x):
         moments.add(look(x[moments.n:moments.n + batch_size]))
         now, done = time.monotonic(), moments.n == len(x)
@@ -140,10 +140,10 @@ def measure(look, x, name, path=None, stop=()):
         if stop and not done:
             say(f"stopped after {moments.n} of {len(x)} {name}")
             raise SystemExit(128 + stop[0])
-        if now - told > 10:
+        if now - reported > 10:
             left = (now - start) / (moments.n - there) * (len(x) - moments.n)
             say(f"{moments.n} of {len(x)} {name}, {left / 60:.1f} min left")
-            told = now
+            reported = now
     return moments
 
 

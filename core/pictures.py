@@ -197,7 +197,7 @@ def decode_all(files, size, background, shift=None):
 
     ahead = 8 * os.cpu_count()                               # pictures decoded in advance: few
     unreadable, start = [], time.monotonic()
-    told = start
+    reported = start
     with ThreadPoolExecutor(os.cpu_count()) as pool:         # threads suffice: PIL releases the GIL
         pending = deque(pool.submit(attempt, path) for path in files[:ahead])
         for i in range(len(files)):
@@ -208,9 +208,9 @@ def decode_all(files, size, background, shift=None):
                 unreadable.append(f"{files[i]} ({found})")
             elif not unreadable:                             # else look only for more of those
                 yield i, found
-            if time.monotonic() - told > 5:
-                told = time.monotonic()
-                left = (told - start) / (i + 1) * (len(files) - i - 1)
+            if time.monotonic() - reported > 5:
+                reported = time.monotonic()
+                left = (reported - start) / (i + 1) * (len(files) - i - 1)
                 say(f"read {i + 1} of {len(files)} pictures, {left / 60:.1f} min left")
     if unreadable:
         names = "; ".join(unreadable[:10]) + ("; ..." if len(unreadable) > 10 else "")

@@ -131,7 +131,7 @@ def require_pairs_kept(config, dataset):
 
 
 def require_same_data(checkpoint, dataset, data, model_args, changed_data):
-    """Calls fail() if the data, or a model for them, are not those of the run; changed_data allows that."""
+    """Calls fail() if a model for the data is not the run's, or the data, unless changed_data."""
     changed = data.differences(checkpoint["data"])
     if checkpoint["model_args"] != model_args:
         fail(f"--dataset={dataset} does not fit the model of the run ({changed or 'of other options'}): "
@@ -166,7 +166,7 @@ def load_weights(folder, method, out_dir):
 
 
 def take_weights(model, weights, folder):
-    """Begin with weights of the run in the folder. Layers that it lacks stay as they are, and are listed."""
+    """Begin with the weights of the run in folder. Layers that it lacks keep their own: prints those."""
     own = model.state_dict()
     for name, weight in weights.items():
         if name not in own or own[name].shape != weight.shape:
@@ -215,10 +215,10 @@ def lock(folder, option="--out_dir"):
 
 class Run:
     """
-    A training run as its folder shows it. Every process has one; the main process's writes.
+    A training run and its folder. Every process has a Run; only that of the main process writes.
 
     It starts, or is resumed, at an iteration. A run from scratch removes what an older one left.
-    Calls fail() if another run is writing to the folder, or has done so since this one looked.
+    Calls fail() if another run is writing to the folder, or has written to it in the meantime.
     """
 
     def __init__(self, out_dir, processes, iteration, max_iters, pictures_per_iter,
@@ -297,13 +297,13 @@ class Run:
         return pictures / max(1e-9, time.monotonic() - self.clock)
 
     def iterations_in(self, minutes, iteration, speed):
-        """How many there will be when the run has lasted so long; speed in pictures a second."""
+        """The iterations that fit into so many minutes of this run, at a speed in pictures/s."""
         left = max(0, 60 * minutes - (time.monotonic() - self.started))
         self.max_iters = iteration + self.processes.maximum(int(left * speed / self.pictures_per_iter))
         return self.max_iters
 
     def notice_other_programs(self):
-        """Where others use the CPU, this one's threads spin, waiting for each other: say it once."""
+        """Say once if other programs use the CPU: then the threads of this one wait for each other."""
         ran = time.process_time() - self.cpu_clock
         threads = torch.get_num_threads()
         if threads > 1 and ran < 0.85 * threads * (time.monotonic() - self.clock):
@@ -312,7 +312,7 @@ class Run:
             self.notice_other_programs = lambda: None
 
     def log(self, iteration, loss, rate, speed, held_out, optimizer):
-        """A line on the screen and a row of log.csv. rate: of learning; held_out: five losses, or []."""
+        """A line on the screen and a row of log.csv. rate: of learning; held_out: five losses or []."""
         if not self.processes.is_main:
             return
         row = [str(iteration), f"{loss:.6f}", f"{rate:.3e}", f"{speed:.0f}"]
@@ -335,7 +335,7 @@ class Run:
             self.saved = content["iteration"]
 
     def save_grid(self, iteration, pictures, held_out):
-        """Pictures (N, C, H, W) in [-1, 1], ten to a row; held_out, five losses, are said with it."""
+        """Save pictures (N, C, H, W) in [-1, 1], ten to a row, and print the five held-out losses."""
         if not self.processes.is_main:
             return
         png = self.folder / f"sample-{iteration}.png"

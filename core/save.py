@@ -30,7 +30,7 @@ def to_bytes(x):
 
 
 def labels_to_save(classes, y):
-    """arr_1: labels as the data had them where they are numbers; else arr_1 numbers the names in classes."""
+    """arr_1, the labels: as in the data where they are numbers, otherwise indices of names, classes."""
     if not classes:
         return {}
     if all(name.isdecimal() and str(int(name)) == name and int(name) < 2**63 for name in classes):
