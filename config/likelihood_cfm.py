@@ -8,3 +8,7 @@ t_mean = 3.0             # most times are close to 1, the data,
 t_uniform = 0.4          # and the rest are anywhere
 sigma = 0.0025           # about the deviation of dequantised pictures within a level: 0.0078 / sqrt(12)
 label_dropout = 0.0      # as there is no guidance
+patch = 1                # bits are decided pixel by pixel, so at full resolution,
+channels = 16            # and with few channels there for about as many pictures/s on one core
+channel_mults = (1, 1, 2)
+attention_levels = (3,)  # the middle block, at 7 x 7
