@@ -45,6 +45,17 @@ def test_cosine_schedule_by_hand():
     assert d.beta[0].item() == pytest.approx(4.13e-5, rel=1e-2)
 
 
+def test_on_the_log_snr_schedule_the_simple_loss_is_the_bound():
+    """The weight of the noise's squared error, of Ho et al., eq. 12, is the same at each t."""
+    m = DenoiseDiffusion(None, 1000, schedule="log_snr", variance="fixedsmall")
+    beta, alpha, rest, var = (
+        v.double()[1:] for v in (m.beta, m.alpha, m.one_minus_alpha_bar, m.sigma2)
+    )
+    weight = beta**2 / (2 * var * alpha * rest)
+    expected = torch.full_like(weight, math.expm1(23.3 / 999) / 2)
+    torch.testing.assert_close(weight, expected, rtol=1e-4, atol=0)
+
+
 def test_log_snr_schedule_by_hand():
     """Kingma et al.: from one step to the next, the logarithm falls by as much."""
     d = DenoiseDiffusion(None, 234, schedule="log_snr")
