@@ -22,8 +22,8 @@ import torch
 
 # -----------------------------------------------------------------------------
 # output
-eval_interval = 938       # evaluate, draw a grid and save every so many iterations: an epoch of MNIST
-log_interval = 100        # log every so many iterations
+eval_interval = 938       # iterations between evaluations, grids and checkpoints: an epoch of MNIST
+log_interval = 100        # iterations between lines of the log
 init_from = "scratch"     # or "resume": continue the run in out_dir with its options; or another
 #                           run's folder: begin with its averaged weights
 overwrite = False         # replace the run in out_dir
@@ -33,7 +33,7 @@ data_dir = "data"         # for downloads, and for what was read from folders
 image_size = 0            # centre-crop and resize pictures to this side; 0: as they are
 background = "white"      # for transparent pictures: a colour's name, or #rrggbb
 changed_data = False      # allow resuming on changed data
-offload = False           # keep the pictures in the CPU's memory: for more than the GPU has room for
+offload = False           # keep the pictures in the CPU's memory: for sets too large for the GPU
 flip = False              # mirror pictures at random: never for digits
 conditional = True        # class-conditional, if the data has labels
 label_dropout = 0.02      # fraction of labels dropped, which makes guidance possible
@@ -41,7 +41,7 @@ label_dropout = 0.02      # fraction of labels dropped, which makes guidance pos
 channels = 24             # width of the first level
 channel_mults = (1, 2)    # width of each level, as a multiple; each level halves the resolution
 n_res_blocks = 1          # residual blocks per level
-attention_levels = (2,)   # levels with attention, from 0; here 2, after the last, is the middle block
+attention_levels = (2,)   # levels with attention, from 0; one past the last is the middle block
 dropout = 0.0             # inside the residual blocks
 patch = 2                 # fold patch x patch pixels into channels: 2 runs at half the resolution
 # training
@@ -59,7 +59,8 @@ grad_clip = 1.0           # clip the gradient's norm; 0: no clipping
 ema_decay = 0.999         # of the averaged weights that are used for sampling; starts at 0.1
 # machine
 device = "auto"           # cuda, cuda:1, mps or cpu; auto: the first that is available
-dtype = "auto"            # float32, bfloat16 or float16; auto: on CUDA bfloat16, or float16 without
+dtype = "auto"            # float32, bfloat16 or float16; auto: on CUDA bfloat16, or on an old GPU
+#                           float16; elsewhere float32
 compile = "auto"          # torch.compile: true or false; auto: on CUDA
 seed = 1337               # every draw is a function of seed, iteration and micro-batch
 # the method, and the grids drawn with it
@@ -186,7 +187,7 @@ class TargetConditionalFlowMatcher(ConditionalFlowMatcher):
 
 
 class VariancePreservingConditionalFlowMatcher(ConditionalFlowMatcher):
-    """Albergo & Vanden-Eijnden 2022 (arXiv 2209.15571): a quarter of a circle around 0."""
+    """Albergo & Vanden-Eijnden 2022 (arXiv 2209.15571): x0 and x1 mixed by cosine and sine."""
     straight = False
 
     def compute_mu_t(self, x0, x1, t):
@@ -288,7 +289,7 @@ class VelocityField:
 
     def loss(self, x1, y=None, noise=None, u=None):
         """E |v(t, xt) - ut|^2 for pictures x1. The noise x0 and times u (B,) are drawn unless given."""
-        if self.spans and u is None:
+        if self.spans and u is None:                 # at given times it is the error of v
             return self.meanflow_loss(x1, y, noise)
         u = draw_times(len(x1), self.t_mean, self.t_uniform, x1.device) if u is None else u
         t = u.clamp(self.matcher.margin, 1 - self.matcher.margin)
@@ -301,6 +302,7 @@ class VelocityField:
         t = draw_times(n, self.t_mean, self.t_uniform, device)
         other = draw_times(k, self.t_mean, self.t_uniform, device)
         start, end = torch.minimum(t[:k], other), torch.maximum(t[:k], other)
+        # more of those that a sampler asks for: from the noise, or to the data
         start = torch.where(torch.rand_like(start) < 0.15, 0, start)
         end = torch.where(torch.rand_like(end) < 0.3, 1, end)
         t, s = torch.cat([start, t[k:]]), torch.cat([end, t[k:]])
@@ -318,23 +320,24 @@ class VelocityField:
         If noise is given, a trained flow led from it to x1 (reflow, Liu et al. 2022, arXiv
         2209.03003). Its mean velocity over the whole way is ut, the target of two spans in three.
         """
-        k = max(1, round(self.spans * len(x1)))
+        k = max(1, round(self.spans * len(x1)))      # the rest are single times, s = t
+        whole = 0 if noise is None else 2 * k // 3   # from noise to data: ut is their mean velocity
+        part = k - whole
         t, s = self.draw_spans(len(x1), k, x1.device)
-        j = k if noise is None else k - 2 * k // 3   # of these k the last go all the way
-        t[j:k], s[j:k] = self.matcher.margin, 1 - self.matcher.margin
+        t[part:k], s[part:k] = self.matcher.margin, 1 - self.matcher.margin
         x0 = self.matcher.sample_noise_like(x1) if noise is None else noise
         t, xt, ut = self.matcher.sample_location_and_conditional_flow(x0, x1, t, y=y)
         u = self.velocity(torch.stack([t, s], 1), xt, y)
 
-        with torch.no_grad():                        # the first j, which go part of it
-            t, s, x, label = t[:j], s[:j], xt[:j], None if y is None else y[:j]
+        with torch.no_grad():                        # the others' target: ut + (s - t) du/dt
+            t, s, x, label = t[:part], s[:part], xt[:part], None if y is None else y[:part]
             dt = (s - t).clamp(1e-4, step)
             v = self.velocity(torch.stack([t, t], 1), x, label)
             ahead = torch.stack([t + dt, s], 1), x + expand_like(dt, x) * v
-            slope = (self.velocity(*ahead, label) - u[:j]) / expand_like(dt, x)
-            ut[:j] += expand_like(s - t, x) * slope
+            slope = (self.velocity(*ahead, label) - u[:part]) / expand_like(dt, x)
+            ut[:part] += expand_like(s - t, x) * slope
         error = (u - ut).square().flatten(1).mean(1)
-        return (error / (error.detach() + 0.01)).mean()      # the paper's adaptive weight
+        return (error / (error.detach() + 0.01)).mean()      # the paper's adaptive weight, p = 1
 
     def velocity(self, tau, z, y=None, guidance=1.0, clip=False):
         """
@@ -383,7 +386,7 @@ LIMITS = {                                       # what options may be: (least, 
     "spans": (0, 1),
     "sampler": ["dpm++", "ddim", "euler", "midpoint", "heun", "rk4", "dopri5", "meanflow"],
 }
-ARCHITECTURE = ["spans"]                         # options that the model is built with, too
+ARCHITECTURE = ["spans"]                         # the method's own options of the model
 
 
 # ---- the rest is the same in ddpm.py and cfm.py; the options are globals ----
@@ -429,8 +432,8 @@ def get_lr(it):
 
 def get_batch(pictures, labels, noise=None):
     """
-    A random batch: x (B, C, H, W) in [-1, 1], y (B,), a fraction of it dropped: -1, and the noise
-    paired with x, or None.
+    A random batch: pictures x (B, C, H, W) in [-1, 1]; labels y (B,), some replaced by -1; and the
+    noise paired with x, or None.
     """
     device = labels.device
     i = torch.randint(len(pictures), (batch_size,))
@@ -609,7 +612,7 @@ if __name__ == "__main__":
             group.update(lr=lr, weight_decay=weight_decay)
         for micro in range(gradient_accumulation_steps):
             # One seed per batch: resuming draws the same batches, and n processes draw what one
-            # does with n micro-batches.
+            # does with n micro-batches. The hash of integers is the same everywhere.
             torch.manual_seed(hash((seed, it, micro * world_size + rank)))
             batch = get_batch(x_train, y_train, noise_train)
             if world_size > 1:                       # sync gradients on the last micro-batch only
@@ -632,7 +635,7 @@ if __name__ == "__main__":
             continue
         loss, speed = run.mean(losses), run.speed(it)    # waits for the GPU, so only now and then
         if minutes:
-            max_iters = run.iterations_in(minutes, it, speed)
+            max_iters = run.iterations_in(minutes, it, speed)    # where get_lr() reaches 0
         evaluating = it % eval_interval == 0 or it == max_iters
         with autocast:
             held_out = evaluate(averaged, *held_out_batch) if evaluating else []

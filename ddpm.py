@@ -24,8 +24,8 @@ import torch
 
 # -----------------------------------------------------------------------------
 # output
-eval_interval = 938       # evaluate, draw a grid and save every so many iterations: an epoch of MNIST
-log_interval = 100        # log every so many iterations
+eval_interval = 938       # iterations between evaluations, grids and checkpoints: an epoch of MNIST
+log_interval = 100        # iterations between lines of the log
 init_from = "scratch"     # or "resume": continue the run in out_dir with its options; or another
 #                           run's folder: begin with its averaged weights
 overwrite = False         # replace the run in out_dir
@@ -35,7 +35,7 @@ data_dir = "data"         # for downloads, and for what was read from folders
 image_size = 0            # centre-crop and resize pictures to this side; 0: as they are
 background = "white"      # for transparent pictures: a colour's name, or #rrggbb
 changed_data = False      # allow resuming on changed data
-offload = False           # keep the pictures in the CPU's memory: for more than the GPU has room for
+offload = False           # keep the pictures in the CPU's memory: for sets too large for the GPU
 flip = False              # mirror pictures at random: never for digits
 conditional = True        # class-conditional, if the data has labels
 label_dropout = 0.02      # fraction of labels dropped, which makes guidance possible
@@ -43,7 +43,7 @@ label_dropout = 0.02      # fraction of labels dropped, which makes guidance pos
 channels = 24             # width of the first level
 channel_mults = (1, 2)    # width of each level, as a multiple; each level halves the resolution
 n_res_blocks = 1          # residual blocks per level
-attention_levels = (2,)   # levels with attention, from 0; here 2, after the last, is the middle block
+attention_levels = (2,)   # levels with attention, from 0; one past the last is the middle block
 dropout = 0.0             # inside the residual blocks
 patch = 2                 # fold patch x patch pixels into channels: 2 runs at half the resolution
 # training
@@ -61,7 +61,8 @@ grad_clip = 1.0           # clip the gradient's norm; 0: no clipping
 ema_decay = 0.999         # of the averaged weights that are used for sampling; starts at 0.1
 # machine
 device = "auto"           # cuda, cuda:1, mps or cpu; auto: the first that is available
-dtype = "auto"            # float32, bfloat16 or float16; auto: on CUDA bfloat16, or float16 without
+dtype = "auto"            # float32, bfloat16 or float16; auto: on CUDA bfloat16, or on an old GPU
+#                           float16; elsewhere float32
 compile = "auto"          # torch.compile: true or false; auto: on CUDA
 seed = 1337               # every draw is a function of seed, iteration and micro-batch
 # the method, and the grids drawn with it
@@ -69,7 +70,7 @@ out_dir = "out/ddpm"      # for checkpoints, grids and log.csv
 n_steps = 1000            # T, the number of noising steps
 schedule = "cosine"       # of the noise: cosine (Nichol & Dhariwal), linear (Ho et al.) or log_snr
 prediction = "v"          # what the model predicts: eps as in Ho et al., x0, or v, a mix of both
-weighting = "simple"      # of the squared error: all alike; min_snr: in x0, by min(snr, 5)
+weighting = "simple"      # of the squared error: all t alike; min_snr: that of x0 by min(snr, 5)
 variance = "fixedlarge"   # of p: beta; fixedsmall: beta~, that of q(x_{t-1} | x_t, x_0)
 t_mean = 0.4              # training times t / T are sigmoid(N(t_mean, 1)); 1 is noise
 t_uniform = 0.1           # fraction of each batch with uniform times instead
@@ -95,6 +96,7 @@ def cosine_beta(n_steps):
 
 def log_snr_beta(n_steps):
     """Kingma et al. 2021 (arXiv 2107.00630): the log of alpha_bar / (1 - alpha_bar) falls evenly."""
+    # from noise of a sixth of a grey level on; theirs ends at -5, which leaves more signal at T
     log_snr = torch.linspace(13.3, -10, n_steps, dtype=torch.float64, device="cpu")
     alpha_bar = torch.cat([torch.ones_like(log_snr[:1]), log_snr.sigmoid()])
     return 1 - alpha_bar[1:] / alpha_bar[:-1]
@@ -181,14 +183,15 @@ class DenoiseDiffusion:
         if weighting == "min_snr":
             snr = alpha_bar / (1 - alpha_bar)
             target, _ = PREDICTIONS[prediction]
-            error = target(1, -snr.sqrt(), alpha_bar.sqrt(), (1 - alpha_bar).sqrt())  # of 1 in x0
+            # as xt is known, an error of 1 in x0 comes with one of -a / b in eps
+            error = target(1, -snr.sqrt(), alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
             weight = snr.clamp(max=5) / torch.as_tensor(error).square()
         self.weight = table(weight)
 
-        # the time of velocity() at each t: it falls from almost 1 to almost 0
-        tau = 1 / (1 + ((1 - alpha_bar).float() / alpha_bar.float()).sqrt())
-        self.tau = table(tau)
-        self.taus = tau.tolist()
+        # the time a / (a + b) of velocity() at each t: it falls from almost 1 to almost 0
+        a, b = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        self.tau = table(a / (a + b))
+        self.taus = self.tau.tolist()
 
     # ---- q, from data to noise ----
 
@@ -231,7 +234,7 @@ class DenoiseDiffusion:
         return read(self.answer(xt, t, y, guidance), xt, a, b)
 
     def loss(self, x0, y=None, noise=None, u=None):
-        """Algorithm 1, eq. 14: E weight |target - answer|^2. Times t are u T, u (B,) in [0, 1]."""
+        """Algorithm 1, eq. 14: E weight |target - answer|^2, at times t = u T, u (B,) in [0, 1]."""
         u = draw_times(len(x0), self.t_mean, self.t_uniform, x0.device) if u is None else u
         t = (u * self.n_steps).long().clamp(max=self.n_steps - 1)
         eps = torch.randn_like(x0) if noise is None else noise
@@ -279,7 +282,7 @@ class DenoiseDiffusion:
         scale = torch.hypot(tau, 1 - tau)                   # 1 / (a + b), as a^2 + b^2 = 1
         x0, eps = self.predict(z / scale, t, tau / scale, (1 - tau) / scale, y, guidance)
         if clip:
-            x0 = (z + (1 - tau) * (x0 - eps)).clamp(-1, 1)
+            x0 = x0.clamp(-1, 1)
             eps = (z - tau * x0) / (1 - tau)                # the noise that fits the clipped x0
         return x0 - eps
 
@@ -321,7 +324,7 @@ LIMITS = {                                       # what options may be: (least, 
     "variance": VARIANCES,
     "sampler": ["dpm++", "ancestral", "ddim", "euler", "midpoint", "heun", "rk4", "dopri5"],
 }
-ARCHITECTURE = []                                # options that the model is built with, too
+ARCHITECTURE = []                                # the method's own options of the model: none
 
 
 # ---- the rest is the same in ddpm.py and cfm.py; the options are globals ----
@@ -367,8 +370,8 @@ def get_lr(it):
 
 def get_batch(pictures, labels, noise=None):
     """
-    A random batch: x (B, C, H, W) in [-1, 1], y (B,), a fraction of it dropped: -1, and the noise
-    paired with x, or None.
+    A random batch: pictures x (B, C, H, W) in [-1, 1]; labels y (B,), some replaced by -1; and the
+    noise paired with x, or None.
     """
     device = labels.device
     i = torch.randint(len(pictures), (batch_size,))
@@ -547,7 +550,7 @@ if __name__ == "__main__":
             group.update(lr=lr, weight_decay=weight_decay)
         for micro in range(gradient_accumulation_steps):
             # One seed per batch: resuming draws the same batches, and n processes draw what one
-            # does with n micro-batches.
+            # does with n micro-batches. The hash of integers is the same everywhere.
             torch.manual_seed(hash((seed, it, micro * world_size + rank)))
             batch = get_batch(x_train, y_train, noise_train)
             if world_size > 1:                       # sync gradients on the last micro-batch only
@@ -570,7 +573,7 @@ if __name__ == "__main__":
             continue
         loss, speed = run.mean(losses), run.speed(it)    # waits for the GPU, so only now and then
         if minutes:
-            max_iters = run.iterations_in(minutes, it, speed)
+            max_iters = run.iterations_in(minutes, it, speed)    # where get_lr() reaches 0
         evaluating = it % eval_interval == 0 or it == max_iters
         with autocast:
             held_out = evaluate(averaged, *held_out_batch) if evaluating else []

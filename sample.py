@@ -4,15 +4,15 @@ Draw pictures with a checkpoint of ddpm.py or cfm.py, or measure how likely real
     python sample.py --out_dir=out/cfm                                # a grid: out/cfm/samples.png
     python sample.py --out_dir=out/cfm --labels=3,1,4 --guidance=2    # threes, ones, fours in turn
     python sample.py --out_dir=out/ddpm --sampler=ddim --eta=1 --steps=50 --save=digits    # PNGs
-    python sample.py --out_dir=out/cfm --n_samples=30 --steps=40 --save=digits.gif  # from noise on
+    python sample.py --out_dir=out/cfm --n_samples=30 --steps=40 --save=digits.gif  # an animation
     python sample.py --out_dir=out/cfm --n_samples=10000 --save=samples.npz         # for FID tools
     python sample.py --out_dir=out/ddpm --task=likelihood --n_samples=200    # bits/dim of real ones
 
 A sampler is a function of a velocity v(tau, z), of noise z, and of the times taus between which it
 steps. On the straight path z = tau data + (1 - tau) noise, the velocity is v = E[data - noise | z].
-cfm.py learns it; ddpm.py computes it from its prediction. It gives predictions of the data,
-z + (1 - tau) v, and of the noise, z - tau v. On cfm.py's curved paths it does not, so ddim and dpm++
-cannot be used there.
+cfm.py learns it; ddpm.py computes it from its prediction. From v follow predictions of the data,
+z + (1 - tau) v, and of the noise, z - tau v. This does not hold on cfm.py's curved paths, so ddim
+and dpm++ cannot be used there.
 
 The same seed gives the same pictures, whatever the batch_size, up to rounding.
 """
@@ -88,7 +88,7 @@ def heun(v, z, taus):
     Order 2: the mean of the velocities at both ends of a step.
 
     As in Karras et al. 2022 (arXiv 2206.00364), algorithm 1, the last step to the data is one of
-    Euler's. Theirs would divide by no noise there; ours have been trained least there.
+    Euler's. Theirs would divide by zero there; our models are least accurate there.
     """
     for t, s in pairwise(taus):
         now = v(t, z)
@@ -161,7 +161,7 @@ def meanflow(v, z, taus):
     """
     Of mean velocities: from t to s in one evaluation, however far that is.
 
-    Geng et al. 2025 (arXiv 2505.13447), section 4.2. The model must have learned them: cfm.py --spans.
+    Geng et al. 2025 (arXiv 2505.13447), section 4.1. The model must have learned them: cfm.py --spans.
     """
     for t, s in pairwise(taus):
         z = z + (s - t) * v((t, s), z)
@@ -274,7 +274,7 @@ def draw(method, noise, y=None, sampler="dpm++", steps=5, guidance=1.0, clip=Tru
     if sampler in STRAIGHT:
         options["clip"] = clip
     v, taus = flow(method, y, guidance, clip, interval, watch), times(method, sampler, steps)
-    z = noise * math.hypot(taus[0], 1 - taus[0])             # where taus begin above 0, z is smaller
+    z = noise * math.hypot(taus[0], 1 - taus[0])             # z = x_T / (a + b), as a^2 + b^2 = 1
     z = SAMPLERS[sampler](v, z, taus, **options)
     return euler(v, z, [taus[-1], 1.0]) if taus[-1] < 1 else z       # the rest is one step
 
@@ -282,7 +282,7 @@ def draw(method, noise, y=None, sampler="dpm++", steps=5, guidance=1.0, clip=Tru
 @torch.no_grad()
 def encode(method, x, y=None, sampler="rk4", steps=20, **options):
     """The noise from which draw() makes the pictures x (B, *dim): the flow run backwards."""
-    v, latest = flow(method, y), times(method, "dopri5")[-1]            # a time that the model knows
+    v, latest = flow(method, y), method.times(2, even=True)[-1]         # a time that the model knows
     taus = [tau for tau in times(method, sampler, steps) if tau <= latest][::-1]
     z = x - (1 - taus[0]) * v(taus[0], x) if taus[0] < 1 else x
     return SAMPLERS[sampler](v, z, taus, **options) / math.hypot(taus[-1], 1 - taus[-1])
@@ -484,9 +484,9 @@ def check_request(config, is_ddpm, num_classes, auto, paired=False):
     if exact and (task != "likelihood" or is_ddpm):
         fail("--exact goes with --task=likelihood of cfm")
     if dataset and not real:
-        fail(f"--dataset={dataset}: to {task}, no pictures are read")
+        fail(f"--dataset={dataset}: --task={task} reads no pictures")
     if labels and real:
-        fail(f"--labels: to {task} held-out pictures, their own labels are used")
+        fail(f"--labels: --task={task} takes the held-out pictures' own labels")
     if guidance != 1 and real:
         fail(f"--guidance={guidance}: the flow is that of the model as it is")
     if guidance != 1 and not num_classes:
@@ -500,12 +500,12 @@ def check_request(config, is_ddpm, num_classes, auto, paired=False):
     if guidance_interval != (0, 1) and (guidance == 1 or sampler in ("dopri5", "ancestral")):
         fail("--guidance_interval goes with a --guidance, but not with dopri5 or ancestral")
     if Path(save).suffix == ".gif" and (task != "draw" or sampler in ("dopri5", "ancestral")):
-        fail(f"--save={save}: a .gif has a frame a step, so it goes with --task=draw and not with "
-             "dopri5 or ancestral sampling")
+        fail(f"--save={save}: a .gif has a frame per evaluation, so it goes with --task=draw and not "
+             "with dopri5 or ancestral sampling")
 
 
 def bits_per_dim(method, x, y, draws, by_bound, options):
-    """What pictures x (B, C, H, W), of levels 0 to 255, take at most: (terms, B), to be added up."""
+    """A bound on the bits/dim of pictures x (B, C, H, W), of levels 0 to 255, in terms: (terms, B)."""
     if by_bound:
         u = draws.rand().flatten(1)[:, 0]                    # a number for each picture
         return torch.stack(bound(method, x / 127.5 - 1, y, draws.randn, steps, u))
@@ -619,10 +619,10 @@ if __name__ == "__main__":
         how = "ancestral, all steps"
     elif sampler == "dopri5":
         how = f"dopri5, atol {atol}, rtol {rtol}"
-    say(f"{task} {n_samples} pictures by {script.METHOD}, iteration {checkpoint['iteration']}: "
+    say(f"{task}: {n_samples} pictures, {script.METHOD} at iteration {checkpoint['iteration']}: "
         f"{how}, guidance {guidance}, on {device}")
 
-    requested, start = catch_stop_signals(), time.monotonic()
+    stop_signals, start = catch_stop_signals(), time.monotonic()
     options = {"atol": atol, "rtol": rtol} if sampler == "dopri5" else {}
     bits, frames, cost = [], [], 0
     for i in range(0, n_samples, batch_size):
@@ -655,7 +655,7 @@ if __name__ == "__main__":
                     with explained(f"--save={save}: ", OSError):
                         save_pngs(save, pictures[i:i + batch_size], i)
         cost, done = max(cost, evaluations), i + len(label)
-        if done < n_samples and requested:
+        if done < n_samples and stop_signals:
             say(f"stopped after {done} of {n_samples}")
             n_samples = done
             break
@@ -664,7 +664,7 @@ if __name__ == "__main__":
             say(f"{done} done, {left:.1f} min left")
     pictures, y = pictures[:n_samples], y[:n_samples]
     took = f"{time.monotonic() - start:.1f} s, {cost} evaluations of the model"
-    code = 128 + requested[0] if requested else 0
+    code = 128 + stop_signals[0] if stop_signals else 0
 
     if task == "likelihood":
         bits = torch.cat(bits, 1)                            # (terms, n_samples)

@@ -6,11 +6,11 @@ Shapes, once and for all:  B pictures, C channels of H x W pixels.
     x  (B, C, H, W)  float, any H and W
     y  (B,)          long: a class in [0, num_classes), or -1 for no label
 
-It is that of Ho et al. 2020 (arXiv 2006.11239, appendix B): residual blocks at a few resolutions on
-the way down and again on the way up, where each also gets what its counterpart on the way down
-made. At their size it has as many parameters as theirs, but its norms have 8 groups, and its
-attention heads 64 channels. Two changes make it cheap: pixels may be folded into channels first
-(patch), and a convolution comes before an upsampling, not after it. Below it is an optimizer.
+It is the UNet of Ho et al. 2020 (arXiv 2006.11239, appendix B): residual blocks at a few resolutions
+on the way down and on the way up. Each block on the way up also gets the output of its counterpart.
+At their size it has as many parameters as theirs; its norms have 8 groups, and its attention heads
+64 channels. Two changes make it cheap: pixels may be folded into channels first (patch), and a
+convolution comes before an upsampling, not after it. The optimizer Muon follows below.
 """
 import math
 from collections import defaultdict
@@ -259,7 +259,7 @@ def orthogonalize_at_once(kernels):
     """
     last = [kernel.permute(0, 2, 3, 1) for kernel in kernels]   # as they lie in memory, channels last
     flat = torch.cat([kernel.flatten() for kernel in last])
-    place, shape = places(tuple((len(k), k[0].numel()) for k in last), flat.device)
+    place, shape = padded_layout(tuple((len(k), k[0].numel()) for k in last), flat.device)
     padded = flat.new_zeros(math.prod(shape))
     padded[place] = flat
     flat = newton_schulz(padded.view(shape)).flatten()[place]
@@ -268,9 +268,9 @@ def orthogonalize_at_once(kernels):
 
 
 @lru_cache(maxsize=4)
-def places(shapes, device):
+def padded_layout(shapes, device):
     """
-    Where entries of matrices of these shapes, one after the other, go in a batch of them; its shape.
+    Where the entries of matrices of these shapes go in one padded batch, as flat indices; its shape.
 
     The batch is (n, rows, columns), large enough for each; tall matrices are transposed.
     """
@@ -286,10 +286,11 @@ class Muon(torch.optim.Optimizer):
     """
     Steps of the same length in all directions: Jordan et al. 2024, "Muon".
 
-    Of the momentum of a convolution's kernel, as a matrix (c_out, the rest), only the singular
-    vectors count. Steps are as large as AdamW's usual ones (Liu et al. 2025, arXiv 2502.16982,
-    eq. 4), so one learning rate serves both: everything else goes by AdamW. torch.optim.Muon takes
-    one matrix at a time; those of one shape together take a quarter of the time on a CPU.
+    The momentum of a convolution's kernel is taken as a matrix (c_out, the rest), and its singular
+    values are replaced by about 1. Steps are as large as AdamW's usual ones (Liu et al. 2025, arXiv
+    2502.16982, eq. 4), so one learning rate serves both: everything else goes by AdamW.
+    torch.optim.Muon takes one matrix at a time; those of one shape together take a quarter of the
+    time on a CPU.
     """
 
     def __init__(self, params, lr=4e-3, betas=(0.9, 0.99), momentum=0.95, weight_decay=0.01):

@@ -105,7 +105,7 @@ def read_training(log, run, start):
 
 
 def read_drawing(log, run, start):
-    asked, settings = re.search(r"draw (\d+) pictures by .*: (.*), on", log).groups()
+    asked, settings = re.search(r"draw: (\d+) pictures, .*: (.*), on", log).groups()
     stopped = re.search(r"stopped after (\d+) of", log)
     took, evaluations = re.search(r"([\d.]+) s, (\d+) evaluations", log).groups()
     n = int(stopped[1] if stopped else asked)

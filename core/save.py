@@ -30,7 +30,7 @@ def to_bytes(x):
 
 
 def labels_to_save(classes, y):
-    """arr_1, the labels: as in the data where they are numbers, otherwise indices of names, classes."""
+    """arr_1: the labels themselves if all names of classes are numbers, else indices into classes."""
     if not classes:
         return {}
     if all(name.isdecimal() and str(int(name)) == name and int(name) < 2**63 for name in classes):
@@ -39,7 +39,7 @@ def labels_to_save(classes, y):
 
 
 def save_pictures(path, pictures, frames, arrays):
-    """A grid, an animation, or pictures uint8 (N, H, W, C) and other arrays, as the path ends."""
+    """A .png grid or an .npz of pictures, uint8 (N, H, W, C), and arrays, or a .gif of frames."""
     with atomic_write(path) as f:
         if path.suffix == ".png":
             grid = make_grid(torch.from_numpy(pictures).permute(0, 3, 1, 2), nrow=10)
@@ -51,14 +51,14 @@ def save_pictures(path, pictures, frames, arrays):
 
 
 def save_pngs(folder, pictures, first):
-    """A file for each of the pictures, uint8 (B, H, W, C), named by its number from first on."""
+    """One PNG for each of the pictures, uint8 (B, H, W, C), numbered from first."""
     for n, picture in enumerate(pictures, first):
         picture = picture.squeeze(2) if picture.shape[2] == 1 else picture
         Image.fromarray(picture).save(folder / f"{n:06d}.png")
 
 
 def save_gif(file, frames, seconds=3.0):
-    """An animation of frames, (N, C, H, W) in [-1, 1] each, in a grid; the last one stays a while."""
+    """An animation of frames, (N, C, H, W) in [-1, 1]: after so many seconds the last stays for 2."""
     grids = [make_grid(x, nrow=10, normalize=True, value_range=(-1, 1)) for x in frames]
     colours = 16 if frames[0].shape[1] == 1 else 128                    # few make a small file
     pictures = [to_pil_image(grid).quantize(colours) for grid in grids]

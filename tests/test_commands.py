@@ -234,7 +234,7 @@ out/cfm | cannot read the config file
 --device=cuda:99 | cannot be used here
 --save=x.jpg | must end in .png, .gif or .npz
 --save=x.npy | must end in .png, .gif or .npz
---save=x.gif --sampler=dopri5 | a .gif has a frame a step
+--save=x.gif --sampler=dopri5 | a .gif has a frame per evaluation
 --save=x.gif --task=interpolate | goes with --task=draw
 --save=x.gif --task=reconstruct | goes with --task=draw
 --save=x.gif --task=likelihood | printed, not saved
@@ -243,10 +243,10 @@ out/cfm | cannot read the config file
 --save | expected str
 --task=likelihood --guidance=2 | the model as it is
 --task=likelihood --save=x.png | printed, not saved
---task=likelihood --labels=1 | their own labels are used
+--task=likelihood --labels=1 | the held-out pictures' own labels
 --task=reconstruct --sampler=ddim | cannot be run backwards
 --task=reconstruct --guidance=2 | the model as it is
---task=reconstruct --labels=1 | their own labels are used
+--task=reconstruct --labels=1 | the held-out pictures' own labels
 --task=reconstruct --exact | goes with --task=likelihood
 """
 SAMPLE_DDPM = """
@@ -255,7 +255,7 @@ SAMPLE_DDPM = """
 --task=interpolate --sampler=ddim --eta=1 | needs a sampler that adds no noise
 --sampler=ancestral --steps=20 | ancestral sampling takes all 1000 steps
 --steps=1001 | the run has only 1000
---save=x.gif --sampler=ancestral | a .gif has a frame a step
+--save=x.gif --sampler=ancestral | a .gif has a frame per evaluation
 --guidance_interval=0.2,0.8 --guidance=2 --sampler=ancestral | not with dopri5 or ancestral
 --task=likelihood --steps=1 | needs at least 2
 --task=likelihood --steps=1001 | the run has only 1000
