@@ -191,7 +191,7 @@ class DenoiseDiffusion:
         # the time a / (a + b) of velocity() at each t: it falls from almost 1 to almost 0
         a, b = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
         self.tau = table(a / (a + b))
-        self.taus = self.tau.tolist()
+        self.taus = (a / (a + b)).float().tolist()
 
     # ---- q, from data to noise ----
 

@@ -298,8 +298,8 @@ def bound(method, x0, y=None, randn=torch.randn_like, steps=None, u=None):
     They are L_T, what is left of x0 at the end; the sum over t of KL(q(x_{t-1} | x_t, x_0) ||
     p(x_{t-1} | x_t)), each at a draw of x_t; and L_0, the discretised decoder of section 3.3.
     x0 (B, *dim) has 256 levels from -1 to 1. It takes T evaluations of the model, or steps of them,
-    from 2 to T. Then one t from each of steps - 1 stretches stands for all in it, an estimate without
-    bias; u (B,) in [0, 1) places it there, and is drawn unless given.
+    from 2 to T, else ValueError. Then one t from each of steps - 1 stretches stands for all in it,
+    an estimate without bias; u (B,) in [0, 1) places it there, and is drawn unless given.
     """
     def column(table, t):
         return table[t].reshape(-1, *[1] * (x0.dim() - 1))
@@ -310,8 +310,12 @@ def bound(method, x0, y=None, randn=torch.randn_like, steps=None, u=None):
         return xt, method.p_mean(xt, t, y, clip=True), column(method.sigma2, t)
 
     start = torch.zeros(len(x0), dtype=torch.long, device=x0.device)         # t of x_1, here 0
-    last, n = method.n_steps - 1, (steps or method.n_steps) - 1
-    u = torch.rand(len(x0), device=x0.device) if u is None else u
+    last = method.n_steps - 1
+    n = last if steps is None else steps - 1
+    if not 1 <= n <= last:
+        raise ValueError(f"the bound takes from 2 to {last + 1} steps, not {steps}")
+    if u is None:                                            # with all terms there is nothing to draw
+        u = (torch.rand if n < last else torch.zeros)(len(x0), device=x0.device)
     mean, var = method.q_xt_x0(x0, start + last)
     prior = (mean.square() + var - 1 - var.log()) / 2
 
@@ -392,11 +396,12 @@ def load_model(checkpoint, path):
         model = UNet(**checkpoint["model_args"]).eval().requires_grad_(False)
         model = model.to(memory_format=torch.channels_last)
         model.load_state_dict(checkpoint["ema" if ema else "model"])
-        num_classes, names = checkpoint["model_args"]["num_classes"], checkpoint["data"]["classes"]
-        if num_classes != len(names):
-            raise ValueError(f"{num_classes} classes, but {len(names)} names")
-        if len(checkpoint["picture_shape"]) != 3:
-            raise ValueError(f"pictures of {checkpoint['picture_shape']}")
+        args, names = checkpoint["model_args"], checkpoint["data"]["classes"]
+        if args["num_classes"] != len(names) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{args['num_classes']} classes, of these names: {names}")
+        C, H, W = checkpoint["picture_shape"]
+        if C != args["in_channels"] or min(H, W) < 1:
+            raise ValueError(f"pictures of {C, H, W}")
     return model
 
 
@@ -411,7 +416,7 @@ def load_held_out(config, checkpoint):
 
     where = dataset or config["dataset"]
     as_in_training = [config[name] for name in ("image_size", "conditional", "background")]
-    with explained(f"the data of the run, {config['dataset']}: "):
+    with explained(f"the data of the run, {where}: "):
         data = load_data(where, data_dir or config["data_dir"], *as_in_training)
     changed = data.differences(checkpoint["data"])
     if changed:
@@ -458,6 +463,8 @@ def check_request(config, is_ddpm, num_classes, auto, paired=False):
         fail("--task=likelihood of ddpm is the bound: leave out --sampler")
     if by_bound and steps == 1:
         fail("--steps=1: the bound needs at least 2")
+    if by_bound and not clip:
+        fail("--clip=false: the bound is that of clipped predictions")
     if task == "interpolate" and adds_noise:
         fail("--task=interpolate needs a sampler that adds no noise: add --sampler=ddim --eta=0")
     if real and sampler not in REVERSIBLE:
@@ -507,7 +514,7 @@ def check_request(config, is_ddpm, num_classes, auto, paired=False):
 def bits_per_dim(method, x, y, draws, by_bound, options):
     """A bound on the bits/dim of pictures x (B, C, H, W), of levels 0 to 255, in terms: (terms, B)."""
     if by_bound:
-        u = draws.rand().flatten(1)[:, 0]                    # a number for each picture
+        u = draws.rand().flatten(1)[:, 0] if steps < method.n_steps else None   # one for each picture
         return torch.stack(bound(method, x / 127.5 - 1, y, draws.randn, steps, u))
     # Dequantisation: with u uniform over the width of a level, 1 / 127.5, log P(level) is at least
     # E log p(x + u) - D log(127.5).
@@ -670,9 +677,13 @@ if __name__ == "__main__":
         bits = torch.cat(bits, 1)                            # (terms, n_samples)
         names = "L_T", "KL of the steps between", "L_0"
         terms = [f"{name} {term:.4f}" for name, term in zip(names, bits.mean(1))]
-        error = f" +- {bits.sum(0).std() / math.sqrt(n_samples):.4f}" if n_samples > 1 else ""
-        say(f"at most {bits.sum(0).mean():.4f}{error} bits/dim (mean of {n_samples} held-out "
-            f"pictures, and its error){', of ' + ' + '.join(terms) if by_bound else ''}; {took}")
+        bits = bits.sum(0)
+        mean, of = f"{bits.mean():.4f}", f"of {n_samples} held-out pictures"
+        if n_samples > 1:
+            mean, of = f"{mean} +- {bits.std() / math.sqrt(n_samples):.4f}", f"{of}, and its error"
+        about = "about" if by_bound and steps < config["n_steps"] else "at most"
+        say(f"{about} {mean} bits/dim (mean {of}){', of ' + ' + '.join(terms) if by_bound else ''}; "
+            f"{took}")
         raise SystemExit(code)
     if task == "reconstruct":
         gap = pictures - x_val[:n_samples].permute(0, 2, 3, 1).numpy().astype(float)

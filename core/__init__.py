@@ -1,1 +1,1 @@
-"""What every training script needs and no paper describes: data sets, a run's folder, the machine."""
+"""What every training script needs and no paper describes: data, folders, files, the machine."""

@@ -34,7 +34,7 @@ def labels_to_save(classes, y):
     if not classes:
         return {}
     if all(name.isdecimal() and str(int(name)) == name and int(name) < 2**63 for name in classes):
-        return {"arr_1": torch.tensor([int(name) for name in classes])[y].numpy()}
+        return {"arr_1": torch.tensor([*map(int, classes), -1])[y].numpy()}      # -1 stays -1
     return {"arr_1": y.numpy(), "classes": classes}
 
 

@@ -258,6 +258,7 @@ SAMPLE_DDPM = """
 --save=x.gif --sampler=ancestral | a .gif has a frame per evaluation
 --guidance_interval=0.2,0.8 --guidance=2 --sampler=ancestral | not with dopri5 or ancestral
 --task=likelihood --steps=1 | needs at least 2
+--task=likelihood --clip=false | that of clipped predictions
 --task=likelihood --steps=1001 | the run has only 1000
 --task=likelihood --exact | goes with --task=likelihood of cfm
 """

@@ -552,3 +552,18 @@ def test_an_hour_of_training_neither_slows_down_nor_grows(tmp_path):
           f"{last:.0f} in the last; memory {sizes[1][1]:.0f} MiB after {sizes[1][0]:.0f} s, "
           f"{sizes[-1][1]:.0f} after {sizes[-1][0]:.0f} s")
     assert last > 0.85 * first and sizes[-1][1] < sizes[1][1] + 50
+
+
+@pytest.mark.parametrize("name, value", [
+    ("picture_shape", (1, 8)),
+    ("picture_shape", (3, 8, 8)),
+    ("picture_shape", (1, 0, 8)),
+    ("classes", list(range(10))),
+    ("classes", ["0", "1"]),
+])
+def test_a_checkpoint_whose_parts_do_not_fit_is_refused(name, value, tmp_path):
+    here("cfm", *TINY, "--max_iters=1", "--out_dir=run", cwd=tmp_path)
+    content = checkpoint(tmp_path / "run")
+    (content["data"] if name == "classes" else content)[name] = value
+    torch.save(content, tmp_path / "run" / "ckpt.pt")
+    refused("sample", "--out_dir=run", cwd=tmp_path, message="is of another version of this program")

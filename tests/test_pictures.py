@@ -16,6 +16,7 @@ from PIL import Image
 import core.pictures
 from core.data import load_data
 from core.pictures import Splitter, natural
+from core.save import labels_to_save
 from test_smoke import ROOT, TINY, checkpoint, here, refused, run_here, sample
 
 T = [a for a in TINY if "dataset" not in a and "eval" not in a] + ["--max_iters=2", "--eval_interval=2"]
@@ -325,6 +326,8 @@ def test_the_classes_of_an_npz_are_those_that_occur(tmp_path):
     assert np.load(tmp_path / "all.npz")["arr_1"].tolist() == [3, 7, 3, 7]
     sample("--out_dir=run", "--n_samples=4", "--labels=7", "--save=seven.npz", cwd=tmp_path)
     assert np.load(tmp_path / "seven.npz")["arr_1"].tolist() == [7] * 4
+    y = torch.tensor([0, -1, 1])                                 # -1 is no label, not the last class
+    assert labels_to_save(["3", "7"], y)["arr_1"].tolist() == [3, -1, 7]
     for label in ("0", "1", "3,8", "seven"):
         refused("sample", "--out_dir=run", f"--labels={label}", cwd=tmp_path,
                 message=f"there is no {label.split(',')[-1]}, the model has 3, 7")

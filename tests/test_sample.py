@@ -435,6 +435,12 @@ def test_the_bound_of_few_terms_is_that_of_all_on_average(steps):
     assert not torch.allclose(one[1], whole[1], rtol=0.01)
 
 
+@pytest.mark.parametrize("steps", [0, 1, 11])
+def test_the_bound_takes_no_other_number_of_steps(steps):
+    with pytest.raises(ValueError, match=f"from 2 to 10 steps, not {steps}"):
+        bound(DenoiseDiffusion(lambda t, x, y: x, n_steps=10), torch.zeros(2, 3), steps=steps)
+
+
 @pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2**-24])
 def test_the_bound_of_as_many_terms_as_steps_has_each_once(u):
     asked = []
