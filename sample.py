@@ -314,8 +314,8 @@ def bound(method, x0, y=None, randn=torch.randn_like, steps=None, u=None):
     n = last if steps is None else steps - 1
     if not 1 <= n <= last:
         raise ValueError(f"the bound takes from 2 to {last + 1} steps, not {steps}")
-    if u is None:                                            # with all terms there is nothing to draw
-        u = (torch.rand if n < last else torch.zeros)(len(x0), device=x0.device)
+    if u is None:                                            # of all terms there is nothing to draw
+        u = start if n == last else torch.rand(len(x0), device=x0.device)
     mean, var = method.q_xt_x0(x0, start + last)
     prior = (mean.square() + var - 1 - var.log()) / 2
 
@@ -329,17 +329,24 @@ def bound(method, x0, y=None, randn=torch.randn_like, steps=None, u=None):
         kl = (var_q / var + gap.square() / var - 1 + (var / var_q).log()) / 2
         between = between + (high - low) * kl
 
-    # L_0: the share of N(mean, var) between the edges of x0's level, which at the ends are infinite
     _, mean, var = step(start)
+    terms = prior, between, decoder_nats(x0, mean, var)
+    return [term.flatten(1).mean(1).float().cpu() / math.log(2) for term in terms]
+
+
+def decoder_nats(x0, mean, var):
+    """
+    L_0 for each entry of x0 (B, *dim): -log of the share of N(mean, var) at its grey level.
+
+    That lies between the edges of the level, which for black and white are infinite: Ho et al., eq. 13.
+    """
     x0, mean, std = (v.cpu().double() for v in (x0, mean, var.sqrt()))
     low = ((x0 - 1 / 255 - mean) / std).masked_fill(x0 < -0.999, -math.inf)
     high = ((x0 + 1 / 255 - mean) / std).masked_fill(x0 > 0.999, math.inf)
     swap = low > 0                                           # Phi is precise in the lower tail
     low, high = torch.where(swap, -high, low), torch.where(swap, -low, high)
     low, high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
-    decoder = -(high + torch.log1p(-torch.exp(low - high)))  # -log(Phi(high) - Phi(low))
-    terms = [term.flatten(1).mean(1) for term in (prior, between, decoder)]
-    return [nats.float().cpu() / math.log(2) for nats in terms]
+    return -(high + torch.log1p(-torch.exp(low - high)))     # -log(Phi(high) - Phi(low))
 
 
 def log_likelihood(method, x, y=None, sampler="dopri5", steps=20, probe=None, **options):
