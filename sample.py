@@ -6,7 +6,7 @@ Draw pictures with a checkpoint of ddpm.py or cfm.py, or measure how likely real
     python sample.py --out_dir=out/ddpm --sampler=ddim --eta=1 --steps=50 --save=digits    # PNGs
     python sample.py --out_dir=out/cfm --n_samples=30 --steps=40 --save=digits.gif  # an animation
     python sample.py --out_dir=out/cfm --n_samples=10000 --save=samples.npz         # for FID tools
-    python sample.py --out_dir=out/ddpm --task=likelihood --n_samples=200    # bits/dim of real ones
+    python sample.py --out_dir=out/ddpm --task=likelihood --n_samples=1000 --steps=20    # bits/dim
 
 A sampler is a function of a velocity v(tau, z), of noise z, and of the times taus between which it
 steps. On the straight path z = tau data + (1 - tau) noise, the velocity is v = E[data - noise | z].
