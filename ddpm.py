@@ -190,8 +190,9 @@ class DenoiseDiffusion:
 
         # the time a / (a + b) of velocity() at each t: it falls from almost 1 to almost 0
         a, b = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-        self.tau = table(a / (a + b))
-        self.taus = (a / (a + b)).float().tolist()
+        tau = (a / (a + b)).float()
+        self.tau = table(tau)
+        self.taus = tau.tolist()
 
     # ---- q, from data to noise ----
 

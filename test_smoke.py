@@ -254,7 +254,7 @@ def test_interpolation_is_between_two_noises_and_reconstruction_restores(trained
     assert (cwd / "out" / script / "reconstruct.png").exists()
     for args, message in (
         (["--task=reconstruct", "--sampler=ddim"], "cannot be run backwards"),
-        (["--task=reconstruct", "--labels=1"], "own labels"),
+        (["--task=reconstruct", "--labels=1"], "the held-out pictures' own labels"),
         (["--sampler=dopri5", "--steps=5"], "as --atol and --rtol need"),
         (["--exact"], "goes with --task=likelihood"),
         (["--task=likelihood", "--save=x.npz"], "printed, not saved"),
