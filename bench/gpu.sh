@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measure on one NVIDIA card, in at most twelve minutes, what the project says of GPUs.
+# Measure on one NVIDIA card, in at most twelve minutes, what the project says about GPUs.
 #
 #   bash bench/gpu.sh FOLDER               # on a card; FOLDER must be new or empty
 #   bash bench/gpu.sh FOLDER --rehearse    # the same stages on a CPU, tiny, in three minutes
@@ -42,7 +42,7 @@ cd "$root" || exit
 python=${PYTHON:-python3}
 export LC_ALL=C PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 
-# Data are links in a folder of its own: the judge is trained here, and data_dir stays as it is.
+# Data are linked into a scratch folder: the judge is trained there, and data_dir stays as it is.
 scratch=$(mktemp -d)
 logs=$scratch/logs
 mkdir -p "$logs" "$scratch/data" "$scratch/run"
@@ -193,7 +193,7 @@ training=$(($(left) - drawing - 40)) # reading the data and the last grid take u
 least=60
 [[ ! $rehearse ]] || training=6 least=6
 recipe=(config/cifar10_fast.py)
-[[ -e ${recipe[0]} ]] || # a rate for minutes: its own is for days
+[[ -e ${recipe[0]} ]] || # a learning rate schedule for minutes: its own is for days
     recipe=(config/cifar10.py --warmup_iters=200 --decay_lr=true --ema_decay=0.999
         --log_interval=50)
 if [[ ! ${cifar[*]} ]]; then

@@ -16,11 +16,11 @@ A row of the table gives quantiles of these distances for a set of digits:
     training digits    4,000 at random, the same ones each time. Each is compared with all others
                        but itself. The classifier has seen them, and not the test digits
 The plot shows how many digits are within each distance. Below are the ten digits of the first file
-that are nearest to a training picture in pixels, each above that picture. Most are ones, for these
+that are nearest to a training picture in pixels, each above that picture. Most are ones, as these
 differ least. The 10% quantile in pixels lies between the ones and the rest, so it depends on their
 share: sample.py draws a tenth of ones, MNIST has 11%.
 
-If a set has fewer than n digits, as many of each set are taken. The classifier is trained first if
+If a set has fewer than n digits, the others are cut to its size. The classifier is trained first if
 data_dir does not have it. The rest takes a minute or two on one CPU core, and 3 GB of memory.
 """
 import math
@@ -56,7 +56,7 @@ def nearest(points, train, own=None):
     (distances (N,), indices (N,)) from points (N, D) to the nearest of train (M, D).
 
     own (N,) are the points' own indices if they are of train: each is compared with all others.
-    In float32 the distance of a copy would not be 0, for cdist subtracts large numbers.
+    In float32 the distance of a copy would not be 0, because cdist subtracts large numbers.
     """
     distances, indices = [], []
     for i in range(0, len(points), 250):
@@ -78,7 +78,7 @@ def plot(results, drawn, partners, gaps, file):
     """
     A panel for each kind of distance, a line for each set: results[kind][set] are distances.
 
-    Below are pictures that were drawn, above their partners, at these gaps.
+    Below them are drawn pictures, each above its training partner, and the gaps between them.
     """
     import matplotlib.pyplot as plt
 

@@ -6,22 +6,22 @@ The MNIST recipes of four other projects beside cfm.py and ddpm.py: same minutes
     python bench/peers.py                               # about 80 minutes on two cores; out/peers
     python bench/peers.py --peers=torchcfm,cfm --minutes=3   # only these, and shorter
 
-Each recipe is what its project documents; what had to change is said at each, below. One after
-another they are trained, then drawn from with few evaluations of the model: their own samplers, of
+Each recipe is what its project documents; its docstring below says what had to change. The models
+are trained one after another, then sampled with few evaluations each: their own samplers, of
 up to 1000, would take hours here. The pictures stay in out_dir, for bench/quality.py. A row of the
 table gives
-    minutes       of the training loop. Imports and the reading of data do not count, all else does:
-                  of cfm and ddpm also their evaluations, grids and checkpoints
+    minutes       of the training loop. Imports and reading data do not count. All else does,
+                  with cfm and ddpm also their evaluations, grids and checkpoints
     iterations    done in these minutes; s/step: the seconds that one took
     evaluations   of the model for a picture drawn
-    pictures      drawn: all that were asked for, or of a slow model what sampling_minutes allow
+    pictures      drawn: all that were asked for, or as many as sampling_minutes allow
     x floor       their distance to the test set, as a multiple of the floor, see bench/quality.py.
                   The fewer pictures, the larger: the row of training images says how good n_samples
                   can be, and a row with fewer pictures than that is at a disadvantage, in coverage
                   too
-    recognised    the share taken for the digit that was asked for; -: the recipe has no labels
+    recognised    the share classified as the digit asked for; -: the recipe has no labels
     coverage      the share of test images that have a drawn one near
-Some of these models were made for GPUs and for hours. The table says what one gets on a small
+Some of these models were made for hours on GPUs. The table says what one gets on a small
 machine in a short time, and nothing about how good they become in the end.
 """
 import contextlib
@@ -68,7 +68,7 @@ LIMITS = {
 STEPS = 20                   # evaluations of a peer's model for a picture
 MARGIN = [2, 2, 2, 2]        # black pixels around a digit, for recipes of 32 x 32; cut off again
 
-# A recipe is (model, batch size, step(x, y), draw_peer(y), does it know labels). step takes
+# A recipe is (model, batch size, step(x, y), draw_peer(y), whether it uses labels). step takes
 # pictures (B, 1, 28, 28) in [-1, 1] and returns its loss; draw_peer draws one for each label of y.
 
 
@@ -111,10 +111,10 @@ def torchcfm():
 
 def labml():
     """
-    github.com/labmlai/annotated_deep_learning_paper_implementations, with what it says of MNIST in
+    github.com/labmlai/annotated_deep_learning_paper_implementations, with the settings for MNIST in
     labml_nn/diffusion/ddpm/experiment.py: five epochs, pictures in [0, 1], no labels. Changed:
     digits get a margin and are not enlarged; drawn by DPM-Solver++, not in 1000 steps, and without
-    the dropout that there stays on.
+    the dropout, which theirs leaves on.
     """
     from labml_nn.diffusion.ddpm import DenoiseDiffusion as Diffusion
     from labml_nn.diffusion.ddpm.unet import UNet
@@ -139,8 +139,8 @@ def diffusers():
     """
     github.com/huggingface/diffusion-models-class, class_conditioned_diffusion_model_example of unit
     2; ten epochs there, the label as four more channels, t from 0 to 998. Changed: drawn by
-    DPM-Solver++, not in 1000 steps, and from t = 979 down, since above that too little is left of a
-    picture for eps to show it.
+    DPM-Solver++, not in 1000 steps, and from t = 979 down, since above that x_t holds too little of
+    the picture to recover it from eps.
     """
     from diffusers import DDPMScheduler, UNet2DModel
 
@@ -244,7 +244,7 @@ def run_peer(name, x, y):
 
 
 def run_script(file, *options):
-    """(seconds since it said where its files go, all that it said) of a script, on this device."""
+    """(seconds since it said where its files go, all its output) of a script, on this device."""
     start, said = time.time(), ""
     command = [sys.executable, ROOT / file, *options, f"--device={device}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -258,7 +258,7 @@ def run_script(file, *options):
 
 
 def run_ours(name):
-    """The same of cfm.py or ddpm.py, drawn by sample.py, with the options as they come."""
+    """The same of cfm.py or ddpm.py, drawn by sample.py, with the default options."""
     def train(max_iters, folder):
         return run_script(f"{name}.py", f"--max_iters={max_iters}", f"--seed={seed}",
                           f"--out_dir={folder}", f"--data_dir={data_dir}", "--overwrite")

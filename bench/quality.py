@@ -6,22 +6,22 @@ How good are drawn MNIST digits? A classifier, trained here once, judges any .np
 
 The first run trains the classifier: seeded, some minutes on two cores, then kept in data_dir. A row
 gives
-    distance     Frechet distance between the classifier's features of the pictures and those of the
-                 10,000 test images
-    x floor      the same as a multiple of the floor: the mean distance of six times 10,000 training
-                 images to the test set. The distance itself is in the classifier's units, which
-                 mean nothing elsewhere
-    recognised   the share that the classifier takes for the digit that was asked for (files with
+    distance     squared Frechet distance between the classifier's features of the pictures and
+                 those of the 10,000 test images
+    x floor      the same as a multiple of the floor: the mean distance of six sets of 10,000
+                 training images to the test set. The distance itself is in the classifier's units,
+                 which mean nothing elsewhere
+    recognised   the share that the classifier assigns to the digit that was asked for (files with
                  labels)
     coverage     the share of test images with a drawn one nearer, in features, than their fifth
-                 nearest among themselves (Naeem et al. 2020, arXiv 2002.09797); the floor's row
+                 nearest test image (Naeem et al. 2020, arXiv 2002.09797); the floor's row
                  says what to hope for
-    teaches      with --teach=4: the share of the test set that another classifier knows that was
-                 trained on these pictures alone, for four epochs (Ravuri & Vinyals 2019, arXiv
+    teaches      with --teach=4: the test accuracy of another classifier, trained on these
+                 pictures alone for four epochs (Ravuri & Vinyals 2019, arXiv
                  1905.10887: classification accuracy score). It needs labels, and no judge
-    counts       how many are taken for a 0, a 1, ... a 9
-The floor's pictures are those that the classifier was trained with, so some of it is what it
-learned by heart. Fewer than 10,000 pictures are judged too, but the distance then comes out larger:
+    counts       how many are classified as a 0, a 1, ... a 9
+The classifier was trained on the floor's pictures, so the floor partly reflects what it
+memorised. Fewer than 10,000 pictures are judged too, but the distance then comes out larger:
 compare equal numbers.
 """
 import math
@@ -41,7 +41,7 @@ from core.run import save_checkpoint
 
 # -----------------------------------------------------------------------------
 data_dir = "data"            # of MNIST, and of the classifier once trained
-judge_seed = 0               # of another judge: to check that a result is not this one's taste
+judge_seed = 0               # another seed, another judge: does a result depend on it?
 judge_epochs = 6
 teach = 0                    # epochs of the classifiers that learn from the files; 0: none
 device = "cpu"
@@ -143,7 +143,7 @@ def coverage(real, drawn, k=5):
 
 
 def load_judge(data_dir, seed=0, epochs=6, device="cpu"):
-    """(judge, [MNIST's training set, its test set]): trained now, or before and kept in data_dir."""
+    """(judge, [MNIST's training set, its test set]): trained now, or loaded from data_dir."""
     data = load_data("mnist", data_dir)
     splits = [(x.to(device), y.to(device)) for x, y in (data.train, data.held_out)]
     path = Path(data_dir, f"judge-{seed}-{epochs}.pt")

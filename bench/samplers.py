@@ -6,14 +6,14 @@ How many evaluations does a good picture take? Each sampler with 1, 2, 4 ... 64 
     python bench/samplers.py --runs=out/cfm --n_samples=500     # of one run, and faster
     python bench/samplers.py --runs=out/cfm,out/cfm-1,out/ddpm,out/ddpm-1,out/one-step    # of seeds
 
-Runs of one method should differ in their seed only. Shown is their mean, with the range from least
+Runs of one method should differ in their seed only. Their mean is shown, with the range from least
 to most. Runs of cfm.py with --spans are a group of their own, one_step: only meanflow draws there.
 
-All samplers start from the same noise. Printed are the distance to the test set as a multiple of
-the floor and the share recognised, see bench/quality.py: the distance is larger than that of 10,000
-pictures, so compare within the tables only. An entry is of as many steps as these evaluations of
-the model suffice for. For midpoint and rk4 with cfm.py that may be none. For heun, and for every
-sampler with ddpm.py, it is at least the last step, straight to the data, which takes one of them.
+All samplers start from the same noise. It prints the distance to the test set as a multiple of
+the floor and the share recognised, see bench/quality.py. The distance is larger than that of 10,000
+pictures, so compare within the tables only. An entry takes as many steps as its evaluations of
+the model allow. For midpoint and rk4 with cfm.py that may be none. For heun, and for every
+sampler with ddpm.py, it is at least the last step, straight to the data, which takes one.
 """
 import importlib
 import math

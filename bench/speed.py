@@ -1,5 +1,5 @@
 """
-Where the time of a training step goes, and of sampling, beside what this machine could do at best.
+Where the time of training and sampling goes, compared with the best that this machine could do.
 
     python bench/speed.py cfm                                        # the default run of cfm.py
     python bench/speed.py ddpm config/cifar10.py --batch_size=32     # any options of the script
@@ -46,7 +46,7 @@ SHAPES = {
 
 
 def seconds(f, device, least=3.0):
-    """Median time of a call of f, of as many as least seconds hold, after two that do not count."""
+    """Median time of a call of f, over at least this many seconds, after two warm-up calls."""
     def call():
         start = time.perf_counter()
         f()
@@ -329,7 +329,7 @@ if __name__ == "__main__":
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     if "cuda" in device:
         dtypes = ("bfloat16", "float32") if config["dtype"] == "auto" else (dtype,)
-        # what takes longer comes last, for a limit may end it
+        # what takes longer comes last, as a time limit may cut it off
         ways = (False, True) if compiled and config["compile"] == "auto" else (compiled,)
         for dtype, compiled in itertools.product(dtypes, ways):
             measure(kind, script, config, device, dtype, compiled)

@@ -1,18 +1,18 @@
 """
-What optimal pairing is good for in two dimensions: I-CFM and OT-CFM, moons to 8 gaussians and back.
+What optimal pairing gains in two dimensions: I-CFM and OT-CFM, 8 gaussians to moons and back.
 
     pip install -r requirements.txt -r bench/requirements.txt
     python bench/toy2d.py                # about 20 minutes on two cores; draws assets/toy2d.png
     python bench/toy2d.py --seeds=1 --iterations=500 --n_test=1000 --picture=toy.png
 
-For each pairing and seed an MLP is trained, then 10,000 fresh points are carried along, by one step
-of Euler's method and by dopri5. Printed are, as mean and standard deviation over the seeds:
+For each pairing and seed an MLP is trained. Its flow then carries 10,000 fresh points, by one step
+of Euler's method and by dopri5. It prints, as mean and standard deviation over the seeds:
     W2^2          squared 2-Wasserstein distance, exact, from where they arrive to 10,000 points of
                   the target
     curvature     E int |v|^2 dt / E |x(1) - x(0)|^2 - 1 along dopri5's paths: 0 if all are straight
-                  lines
-The setting is torchcfm's (sigma 0.1, 3 hidden layers of 64, SELU, AdamW 1e-3) but for the learning
-rate's decay to 0, as a cosine, and for batch and number of iterations.
+                  lines at constant speed
+The setting is torchcfm's (sigma 0.1, 3 hidden layers of 64, SELU, AdamW 1e-3), except for the
+cosine decay of the learning rate to 0, the batch size and the number of iterations.
 """
 import math
 import os
@@ -79,7 +79,7 @@ class MLP(nn.Module):
 
 
 def wasserstein2(a, b):
-    """Squared, between two clouds of as many points, by exact optimal transport."""
+    """The squared distance of two clouds of equally many points, by exact optimal transport."""
     import ot
 
     cost = torch.cdist(a.double(), b.double()).square().numpy()
