@@ -1,7 +1,7 @@
 """
 The real scripts, run as a user runs them, for a few steps on the CPU. No network is needed.
 
-    python -m pytest                    # this file and tests/, but for what is slow
+    python -m pytest                    # this file and tests/, without the slow tests
     python -m pytest --all              # the slow tests too
     python -m pytest test_smoke.py      # this file, all of it
 """
@@ -47,7 +47,7 @@ def run(script, *args, cwd, ok=True):
 
 
 def run_here(script, *args, cwd):
-    """(exit code, stdout, stderr) of a script run in this process: that spares it the imports."""
+    """(exit code, stdout, stderr) of a script run in this process, which saves the imports."""
     out, err, argv, here = io.StringIO(), io.StringIO(), sys.argv, Path.cwd()
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     sys.argv, code = [str(ROOT / f"{script}.py"), *map(str, args)], 0
@@ -197,13 +197,13 @@ def test_a_gif_shows_the_way_from_noise_to_the_pictures_of_the_grid(trained, sam
     assert times[-1] > 2 * max(times[:-1]) and gif.info["loop"] == 0  # the pictures stay a while
     assert {frame.shape for frame in [*frames, grid]} == {(22, 102, 3)}  # two rows, and frames of 2
     gaps = [np.abs(frame - grid).mean() for frame in frames]
-    assert gaps[-1] < 4 and gaps[-1] == min(gaps)  # but for the few colours of a gif
+    assert gaps[-1] < 4 and gaps[-1] == min(gaps)  # up to the few colours of a gif
     noise = frames[0][2:10, 2:10]
     assert gaps[0] > 10 and np.abs(noise - noise.mean()).mean() > 30
 
 
 def test_guidance_acts_in_its_interval_of_times(trained):
-    """An interval without any of the times is no guidance, one with all of them is the default."""
+    """An interval with none of the times means no guidance, one with all of them the default."""
     script, cwd, _ = trained
     draw = [f"--out_dir=out/{script}", "--n_samples=6", "--sampler=dpm++", "--steps=8"]
     plain, guided = drawn(*draw, cwd=cwd), drawn(*draw, "--guidance=30", cwd=cwd)
@@ -280,9 +280,9 @@ def test_dopri5_that_cannot_go_on_says_so_in_one_line(trained, task):
 @pytest.mark.parametrize("trained", [pytest.param("ddpm", marks=slow), "cfm"], indirect=True)
 def test_likelihood_by_one_command(trained):
     """
-    Of a model that has not learnt anything yet: cfm's flow is the identity, so that held-out
-    pictures, in bits/dim, have log2(127.5) less the log-density of N(0, 1), by hand; ddpm's bound
-    has its three terms, and is far above.
+    Of a model that has learned nothing yet. cfm's flow is the identity, so bits/dim, by hand, are
+    log2(127.5) minus the mean log2-density of N(0, 1) at the entries of held-out pictures. ddpm's
+    bound has its three terms, and is above that of the trained model.
     """
     script, cwd, _ = trained
     fresh = [*TINY, "--max_iters=1", "--learning_rate=0", "--out_dir=fresh", "--overwrite"]
@@ -378,7 +378,7 @@ def test_sample_files_and_seeds(trained):
 
 @pytest.mark.parametrize("script", [pytest.param("ddpm", marks=slow), "cfm"])
 def test_a_stopped_and_resumed_run_equals_a_straight_one_bit_for_bit(script, tmp_path):
-    """With all that is random on, and accumulation; stopped between evaluations."""
+    """With everything random switched on, and accumulation; stopped between evaluations."""
     args = [*TINY, "--max_iters=60", "--log_interval=8"]
     args += ["--dropout=0.2", "--flip", "--gradient_accumulation_steps=2"]
     stopped = command(script, *args, "--out_dir=stopped")
@@ -400,7 +400,7 @@ def test_a_stopped_and_resumed_run_equals_a_straight_one_bit_for_bit(script, tmp
     for png in ("sample-20.png", "sample-40.png", "sample-60.png"):
         assert (a / png).read_bytes() == (b / png).read_bytes()
     a, b = (list(csv.reader((folder / "log.csv").open())) for folder in (a, b))
-    assert [r[:3] + r[4:] for r in a] == [r[:3] + r[4:] for r in b]  # but for the speed
+    assert [r[:3] + r[4:] for r in a] == [r[:3] + r[4:] for r in b]  # all but the speed
     refused(script, *resume, cwd=tmp_path, message="complete at iteration 60")
     message = "--channels=16: the run in stopped has 8"
     refused(script, *resume, "--channels=16", cwd=tmp_path, message=message)
@@ -429,7 +429,7 @@ def test_unconditional(tmp_path):
 def test_evaluation_takes_as_much_memory_as_training_and_batches_make_no_difference(
     script, tmp_path
 ):
-    """At a learning rate of 0 runs differ only in how the same pictures are taken together."""
+    """At a learning rate of 0 runs differ only in how the same pictures are batched."""
     found = {}
     args = ["--dataset=synthetic", "--image_size=8", "--channels=8", "--device=cpu"]
     args += ["--learning_rate=0", "--max_iters=1"]
@@ -458,7 +458,7 @@ def test_mixed_precision_on_the_cpu(dtype, tmp_path, monkeypatch):
 
 
 def test_compile_on_the_cpu(tmp_path, monkeypatch):
-    """With the eager backend: traced and saved is as on a GPU, without minutes of compiling."""
+    """With the eager backend: tracing and saving are as on a GPU, without minutes of compiling."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     args = [*TINY, "--max_iters=8", "--sample_steps=1"]
     for compile in ("true", "false"):
