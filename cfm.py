@@ -8,11 +8,11 @@ Conditional flow matching in one file: Lipman et al. 2022 (arXiv 2210.02747) and
     python cfm.py --init_from=resume                           # continue a run that was stopped
     torchrun --standalone --nproc_per_node=4 cfm.py            # on four GPUs
 
-Noise x0, at t = 0, flows to data x1, at t = 1, along dx/dt = v(t, x). We choose the path from one x0
-to one x1: a straight line, of velocity x1 - x0. A model trained to predict that from x_t and t
-alone learns the mean velocity of the lines through x_t, since the mean minimises the squared error.
-The flow along that mean carries noise to the distribution of the data. docs/mathematics.md derives
-it all. Files beside this one are imported where they are used, so it can be copied alone.
+Noise x0, at t = 0, flows to data x1, at t = 1, along dx/dt = v(t, x). We choose the path from
+one x0 to one x1: a straight line, of velocity x1 - x0. A model trained to predict that from x_t and
+t alone learns the mean velocity of the lines through x_t, since the mean minimises the squared
+error. The flow along it carries noise to the data distribution. docs/mathematics.md derives it all.
+Sibling files are imported where they are used, so this one can be copied alone.
 """
 import copy
 import math
@@ -25,51 +25,51 @@ import torch
 eval_interval = 938       # iterations between evaluations, grids and checkpoints: an epoch of MNIST
 log_interval = 100        # iterations between lines of the log
 init_from = "scratch"     # or "resume": continue the run in out_dir with its options; or another
-#                           run's folder: begin with its averaged weights
+#                           run's folder: start from its averaged weights
 overwrite = False         # replace the run in out_dir
 # data
 dataset = "mnist"         # or fashion_mnist, cifar10, synthetic, a folder of pictures, an .npz file
-data_dir = "data"         # for downloads, and for what was read from folders
-image_size = 0            # centre-crop and resize pictures to this side; 0: as they are
+data_dir = "data"         # for downloads, and for the cache of picture folders
+image_size = 0            # centre-crop and resize pictures to this size; 0: leave them as they are
 background = "white"      # for transparent pictures: a colour's name, or #rrggbb
 changed_data = False      # allow resuming on changed data
-offload = False           # keep the pictures in the CPU's memory: for sets too large for the GPU
-flip = False              # mirror pictures at random: never for digits
+offload = False           # keep the pictures in CPU memory: for data sets too large for the GPU
+flip = False              # randomly mirror pictures: not for digits
 conditional = True        # class-conditional, if the data has labels
 label_dropout = 0.02      # fraction of labels dropped, which makes guidance possible
 # model, see unet.py
-channels = 24             # width of the first level
-channel_mults = (1, 2)    # width of each level, as a multiple; each level halves the resolution
+channels = 24             # base width
+channel_mults = (1, 2)    # width of each level, as a multiple; the resolution halves in between
 n_res_blocks = 1          # residual blocks per level
 attention_levels = (2,)   # levels with attention, from 0; one past the last is the middle block
 dropout = 0.0             # inside the residual blocks
 patch = 2                 # fold patch x patch pixels into channels: 2 runs at half the resolution
 # training
 batch_size = 64           # per process; with accumulation, the micro-batch size
-gradient_accumulation_steps = 1  # micro-batches per step of the optimizer
-max_iters = 9380          # steps of the optimizer: ten epochs of MNIST
-minutes = 0.0             # end by the clock: as many steps as fit into these minutes; 0: max_iters
+gradient_accumulation_steps = 1  # micro-batches per optimizer step
+max_iters = 9380          # optimizer steps: ten epochs of MNIST
+minutes = 0.0             # train for this many minutes instead of max_iters steps; 0: max_iters
 muon = True               # Muon for convolution kernels, AdamW for the rest; false: AdamW for all
 learning_rate = 6e-3      # peak, before the decay
 warmup_iters = 100        # linear warm-up from 0
 decay_lr = True           # linear decay to 0 over the whole run; false: constant after the warm-up
 weight_decay = 0.01       # decoupled, as in AdamW
-adam_beta2 = 0.99         # of AdamW's second moment; the textbook's is 0.999
+adam_beta2 = 0.99         # decay of AdamW's second moment; 0.999 is the usual value
 grad_clip = 1.0           # clip the gradient's norm; 0: no clipping
-ema_decay = 0.999         # of the averaged weights that are used for sampling; starts at 0.1
+ema_decay = 0.999         # of the averaged weights, which are used for sampling; ramps up from 0.1
 # machine
 device = "auto"           # cuda, cuda:1, mps or cpu; auto: the first that is available
-dtype = "auto"            # float32, bfloat16 or float16; auto: on CUDA bfloat16, or on an old GPU
-#                           float16; elsewhere float32
+dtype = "auto"            # float32, bfloat16 or float16; auto: bfloat16 on CUDA, float16 on older
+#                           GPUs, float32 elsewhere
 compile = "auto"          # torch.compile: true or false; auto: on CUDA
 seed = 1337               # every draw is a function of seed, iteration and micro-batch
 # the method, and the grids drawn with it
 out_dir = "out/cfm"       # for checkpoints, grids and log.csv
-path = "icfm"             # from noise to data: icfm, ot, target, vp, sb or sb_exact: see the classes
-sigma = 0.0               # width of the path around its mean; sb needs one, such as 0.5
+path = "icfm"             # noise to data: icfm, ot, target, vp, sb or sb_exact; see the classes
+sigma = 0.0               # width of the path around its mean; sb needs it above 0, such as 0.5
 t_mean = -0.4             # training times are sigmoid(N(t_mean, 1)); t = 0 is noise
 t_uniform = 0.0           # fraction of each batch with uniform times instead
-spans = 0.0               # fraction of a batch to learn mean velocities with: config/one_step.py
+spans = 0.0               # fraction of a batch that trains mean velocities: see config/one_step.py
 sampler = "dpm++"         # ddim, euler, midpoint, heun, rk4, dopri5, or meanflow: see sample.py
 sample_steps = 5          # midpoint and heun evaluate the model twice a step, rk4 four times
 guidance = 1.0            # guidance scale: 0 unconditional, 1 conditional, above 1 stronger
@@ -81,16 +81,16 @@ class ConditionalFlowMatcher:
     """
     I-CFM of Tong et al.: a path p_t(x | x0, x1) = N(x; mu_t, sigma_t^2) from noise x0 to data x1.
 
-    Its mean goes straight, mu_t = t x1 + (1 - t) x0, and sigma_t = sigma. Any Gaussian path has
-    the velocity
+    Its mean is a straight line, mu_t = t x1 + (1 - t) x0, and sigma_t = sigma is constant. Any
+    Gaussian path has the velocity
         u_t(x | x0, x1) = sigma_t' / sigma_t (x - mu_t) + mu_t'      (Lipman et al., theorem 3),
-    of which mu_t' = x1 - x0 is left here.
+    which here is just mu_t' = x1 - x0.
 
     Throughout, x0, x1, xt and ut are (B, *dim), and t is (B,) in [0, 1]. Raises ValueError for a
     negative sigma.
     """
-    straight = True              # a straight path: sample.py reads x0 and x1 off x_t and its velocity
-    margin = 0.0                 # how far training keeps away from t = 0 and t = 1
+    straight = True              # so x_t and its velocity determine x0 and x1, see sample.py
+    margin = 0.0                 # training stays this far from t = 0 and t = 1
 
     def __init__(self, sigma=0.0):
         if sigma < 0:
@@ -115,7 +115,7 @@ class ConditionalFlowMatcher:
         return torch.randn_like(x)
 
     def sample_xt(self, x0, x1, t, epsilon):
-        """A point of the path at t, mu_t + sigma_t epsilon: (B, *dim)."""
+        """A point on the path at t, mu_t + sigma_t epsilon: (B, *dim)."""
         sigma_t = expand_like(self.compute_sigma_t(t), x0)
         return self.compute_mu_t(x0, x1, t) + sigma_t * epsilon
 
@@ -129,10 +129,10 @@ class ConditionalFlowMatcher:
 
     def sample_location_and_conditional_flow(self, x0, x1, t=None, return_noise=False, y=None):
         """
-        Where to evaluate the model, and what it should say: (t, xt, ut), or (t, xt, ut, epsilon).
+        Where to evaluate the model, and its target there: (t, xt, ut), or (t, xt, ut, epsilon).
 
-        Draws t, uniform, unless given, and then epsilon, even if sigma is 0. That is torchcfm's
-        order, so the same seed gives the same numbers.
+        Draws t uniformly unless it is given, then epsilon, even if sigma is 0: torchcfm's order, so
+        the same seed gives the same numbers.
         """
         t = torch.rand(x0.shape[0]).type_as(x0) if t is None else t
         epsilon = self.sample_noise_like(x0)
@@ -146,14 +146,14 @@ class ExactOptimalTransportConditionalFlowMatcher(ConditionalFlowMatcher):
     """
     OT-CFM of Tong et al.: the same path, with noise and data paired within each batch.
 
-    Pairs minimise the total squared distance, which makes the flow straighter. Only x0 is reordered,
-    so labels still match, and no picture is lost. With labels y, pairs are of one class; otherwise
-    the noise of a class would not be Gaussian.
+    Pairs minimise the total squared distance, which makes the flow straighter. Only x0 is
+    reordered, so labels still match, and no picture is lost. With labels y, pairing is within each
+    class; otherwise the noise of a class would not be Gaussian.
     """
 
     def pair(self, x0, x1, y=None):
         a, b = [v.detach().flatten(1).float().cpu() for v in (x1, x0)]
-        cost = torch.cdist(a, b) ** 2                    # (B, B): of giving picture i noise j
+        cost = torch.cdist(a, b) ** 2                    # (B, B): of pairing picture i with noise j
         if not cost.isfinite().all():
             raise ValueError("x0 or x1 is not finite, so they cannot be paired")
         if y is not None:
@@ -162,7 +162,7 @@ class ExactOptimalTransportConditionalFlowMatcher(ConditionalFlowMatcher):
         return x0[self.match(cost).to(x0.device)]
 
     def match(self, cost):
-        """The column (n,) matched to each row of cost (n, n), so that the total cost is least."""
+        """The column (n,) matched to each row of cost (n, n), minimising the total cost."""
         try:
             from scipy.optimize import linear_sum_assignment
         except ImportError:
@@ -203,8 +203,8 @@ class SchrodingerBridgeConditionalFlowMatcher(ExactOptimalTransportConditionalFl
     """
     SB-CFM of Tong et al.: Brownian bridges, of variance sigma^2 t (1 - t), between pairs.
 
-    Each picture draws its noise from the entropic plan of the batch, as a Schroedinger bridge asks
-    for. ot_method="exact" takes the pairs of OT-CFM instead.
+    Each picture draws its noise from the entropic plan of the batch, as a Schroedinger bridge
+    requires. ot_method="exact" takes the pairs of OT-CFM instead.
     """
     straight = False
     margin = 1e-3                # sigma_t' is infinite at both ends
@@ -239,20 +239,20 @@ def sinkhorn(cost, reg, tolerance=0.01, max_iters=1000):
     The plan (n, n) that minimises <plan, cost> + reg <plan, log plan>, for a cost (n, n).
 
     Its rows and columns each sum to 1 / n, columns to within the tolerance (Cuturi 2013, arXiv
-    1306.0895). In logarithms nothing underflows. reg starts large, where few iterations are enough.
+    1306.0895). Logarithms avoid underflow. reg is annealed from a large value, to converge fast.
     """
     cost = cost.double()
-    step = 4 * max(reg, cost[cost.isfinite()].max().item())
+    temperature = 4 * max(reg, cost[cost.isfinite()].max().item())
     f = g = torch.zeros(len(cost), device="cpu", dtype=torch.float64)   # the dual potentials
-    while step > reg:
-        step = max(reg, step / 4)
+    while temperature > reg:
+        temperature = max(reg, temperature / 4)
         for _ in range(max_iters):
-            g = -step * torch.logsumexp((f[:, None] - cost) / step, 0)
-            rows = torch.logsumexp((f[:, None] + g - cost) / step, 1)
-            f = f - step * rows
+            g = -temperature * torch.logsumexp((f[:, None] - cost) / temperature, 0)
+            rows = torch.logsumexp((f[:, None] + g - cost) / temperature, 1)
+            f = f - temperature * rows
             if rows.abs().max() < tolerance:
                 break
-    plan = ((f[:, None] + g - cost) / step).exp()
+    plan = ((f[:, None] + g - cost) / temperature).exp()
     return plan / plan.sum()
 
 
@@ -270,11 +270,11 @@ class VelocityField:
     """
     A velocity model, its training loss, and its sampler.
 
-    v_model            is called as v_model(t=t, x=xt, y=y), and returns a tensor shaped like xt
+    v_model            called as v_model(t=t, x=xt, y=y); returns a tensor shaped like xt
     matcher            a ConditionalFlowMatcher: the paths to train on
     t_mean, t_uniform  the distribution of training times, see draw_times(); by default uniform
-    spans              fraction of a batch to train mean velocities with: v_model is then asked for
-                       these by spans of time (t, s), (B, 2), in place of t
+    spans              fraction of a batch that trains mean velocities: for these v_model takes
+                       spans of time (t, s), (B, 2), in place of t
 
     x0 and x1 are (B, *dim), t is (B,) in [0, 1]. Labels y are long (B,), -1 for none, or None.
     """
@@ -288,8 +288,8 @@ class VelocityField:
         self.spans = spans
 
     def loss(self, x1, y=None, noise=None, u=None):
-        """E |v(t, xt) - ut|^2 for pictures x1. The noise x0 and times u (B,) are drawn unless given."""
-        if self.spans and u is None:                 # at given times it is the error of v
+        """E |v(t, xt) - ut|^2 for pictures x1. Noise x0 and times u (B,) are drawn unless given."""
+        if self.spans and u is None:                 # in evaluate(), u is given: the loss of v
             return self.meanflow_loss(x1, y, noise)
         u = draw_times(len(x1), self.t_mean, self.t_uniform, x1.device) if u is None else u
         t = u.clamp(self.matcher.margin, 1 - self.matcher.margin)
@@ -298,11 +298,11 @@ class VelocityField:
         return (self.velocity(t, xt, y) - ut).square().mean()
 
     def draw_spans(self, n, k, device="cpu"):
-        """Ends t and s >= t of n training spans, (n,) each. After the first k they are times: s = t."""
+        """Ends t and s >= t of n training spans, (n,) each. After the first k, s = t."""
         t = draw_times(n, self.t_mean, self.t_uniform, device)
         other = draw_times(k, self.t_mean, self.t_uniform, device)
         start, end = torch.minimum(t[:k], other), torch.maximum(t[:k], other)
-        # more of those that a sampler asks for: from the noise, or to the data
+        # oversample the spans that samplers use: those from the noise, or to the data
         start = torch.where(torch.rand_like(start) < 0.15, 0, start)
         end = torch.where(torch.rand_like(end) < 0.3, 1, end)
         t, s = torch.cat([start, t[k:]]), torch.cat([end, t[k:]])
@@ -310,14 +310,14 @@ class VelocityField:
 
     def meanflow_loss(self, x1, y=None, noise=None, step=0.05):
         """
-        MeanFlow, Geng et al. 2025 (arXiv 2505.13447): learns u(x_t, t, s), the mean of v from t to s.
+        MeanFlow, Geng et al. 2025 (arXiv 2505.13447): learn u(x_t, t, s), the mean v from t to s.
 
         As (s - t) u is the integral of v, its derivative in t along the flow gives
             v = u - (s - t) du/dt,
-        which is regressed on ut as ever (arXiv 2512.02012); where s = t, that is the loss above.
-        du/dt is a difference over a small step of the model's own v, and takes no gradient.
+        which is regressed on ut as usual (arXiv 2512.02012); where s = t, that is the loss above.
+        du/dt is a finite difference along the model's own v, without gradient.
 
-        If noise is given, a trained flow led from it to x1 (reflow, Liu et al. 2022, arXiv
+        If noise is given, a trained flow carried it to x1 (reflow, Liu et al. 2022, arXiv
         2209.03003). Its mean velocity over the whole way is ut, the target of two spans in three.
         """
         k = max(1, round(self.spans * len(x1)))      # the rest are single times, s = t
@@ -350,9 +350,9 @@ class VelocityField:
     @torch.no_grad()
     def sample(self, noise, y=None, steps=100, guidance=1.0):
         """
-        Euler's method along dx/dt = v(t, x): pictures from noise (B, *dim), in steps of equal length.
+        Euler's method along dx/dt = v(t, x): pictures from noise (B, *dim), in equal steps.
 
-        It is the simplest sampler. The grids are drawn by a faster one of sample.py.
+        It is the simplest sampler. The grids are drawn by a faster one, from sample.py.
         """
         x, dt = noise, 1 / steps
         for i in range(steps):
@@ -364,9 +364,9 @@ class VelocityField:
         """
         The steps + 1 times of a sampler of sample.py, from 0 (noise) to 1 (data).
 
-        Steps are shorter near the noise, where shapes are decided: u / (2 - u) of uniform u (Esser
-        et al. 2024, arXiv 2403.03206, section 5.3.2). even=True spaces them uniformly, for samplers
-        that evaluate the velocity ahead: midpoint, heun, rk4.
+        Steps are shorter near the noise, where shapes are decided: u / (2 - u) for evenly spaced u
+        (Esser et al. 2024, arXiv 2403.03206, section 5.3.2). even=True spaces them evenly instead,
+        for samplers that look ahead: midpoint, heun, rk4.
         """
         if even:
             return [i / steps for i in range(steps + 1)]
@@ -380,19 +380,19 @@ def build(model, config, device="cpu"):
 
 
 FIXED = ["path", "sigma"]                        # options that cannot change on resume
-LIMITS = {                                       # what options may be: (least, most), or a choice
+LIMITS = {                                       # allowed values: (least, most), or a list
     "path": list(PATHS),
     "sigma": (0, math.inf),
     "spans": (0, 1),
     "sampler": ["dpm++", "ddim", "euler", "midpoint", "heun", "rk4", "dopri5", "meanflow"],
 }
-ARCHITECTURE = ["spans"]                         # the method's own options of the model
+ARCHITECTURE = ["spans"]                         # model options that only this method has
 
 
 # ---- the rest is the same in ddpm.py and cfm.py; the options are globals ----
 
 def expand_like(t, x):
-    """t (B,), or a number, shaped (B, 1, ...) to go with x (B, *dim)."""
+    """t (B,), or a number, reshaped to (B, 1, ...) to broadcast against x (B, *dim)."""
     return t.reshape(-1, *[1] * (x.dim() - 1)) if torch.is_tensor(t) else t
 
 
@@ -400,7 +400,7 @@ def classifier_free_guidance(model, t, x, y, scale):
     """
     out(no label) + scale (out(label) - out(no label)), (B, *dim), in one call of the model.
 
-    Ho & Salimans 2022 (arXiv 2207.12598). At scale 1, or without labels, that is the model as it is.
+    Ho & Salimans 2022 (arXiv 2207.12598). At scale 1, or without labels, it is the plain model.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)     # in half precision errors would add up
     if y is None or scale == 1:
@@ -425,7 +425,7 @@ def draw_times(n, mean, uniform, device="cpu"):
 
 
 def get_lr(it):
-    """The learning rate of iteration it: linear warm-up times linear decay."""
+    """The learning rate at iteration it: linear warm-up times linear decay."""
     lr = learning_rate * min(1, (it + 1) / max(1, warmup_iters))
     return lr * (1 - it / max_iters) if decay_lr else lr
 
@@ -438,8 +438,8 @@ def get_batch(pictures, labels, noise=None):
     device = labels.device
     i = torch.randint(len(pictures), (batch_size,))
     x = pictures[i.to(pictures.device, non_blocking=True)]
-    if x.device != device:                           # offloaded: copying from pinned memory does not
-        x = x.pin_memory()                           # hold up the CPU
+    if x.device != device:                           # offloaded: a copy from pinned memory does not
+        x = x.pin_memory()                           # block the CPU
     x = x.to(device, non_blocking=True).float() / 127.5 - 1
     if flip:
         mirrored = torch.rand(batch_size, 1, 1, 1, device=device) < 0.5
@@ -451,10 +451,10 @@ def get_batch(pictures, labels, noise=None):
 
 def update_average(ema, model, it):
     """
-    Move the averaged weights towards the latest.
+    Move the averaged weights towards the latest ones.
 
-    Averaging removes the noise of single steps, and gives better samples. The decay starts low, so
-    that the initial weights are soon forgotten.
+    Averaging smooths out the noise of single steps, and gives better samples. The decay starts low,
+    so that the initial weights are soon forgotten.
     """
     from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -464,10 +464,10 @@ def update_average(ema, model, it):
 
 def fixed_batches(x, y, noise, num_classes):
     """
-    What all evaluations and grids of a run share, so that they are comparable.
+    The batches that all evaluations and grids of a run share, so that they are comparable.
 
-    That is (x, y, noise, u) for evaluate(), of the first 256 held-out pictures, with their own noise
-    where they have some; and (noise, y) for sample_grid(), a row of ten for each class.
+    (x, y, noise, u) for evaluate() holds the first 256 held-out pictures, with the noise they are
+    paired with, if any. (noise, y) for sample_grid() makes a row of ten for each class.
     """
     device, fixed = x.device, torch.Generator().manual_seed(0)
     x, y = x[:256].float() / 127.5 - 1, y[:256]
@@ -490,7 +490,7 @@ def evaluate(method, x, y, noise, u):
     torch.manual_seed(seed)
     quarters = []
     for quarter in range(4):
-        times = ((quarter + u) / 4).clamp(max=1 - 2**-24)    # may round to 1, where paths may end
+        times = ((quarter + u) / 4).clamp(max=1 - 2**-24)    # rounding to 1 may hit a singular end
         batches = zip(*[v.split(batch_size) for v in (x, y, noise, times)])
         total = sum(len(batch[0]) * method.loss(*batch) for batch in batches)
         quarters.append(total.item() / len(x))
@@ -498,7 +498,7 @@ def evaluate(method, x, y, noise, u):
 
 
 def sample_grid(method, noise, y):
-    """Pictures like noise (N, C, H, W), with labels y (N,), drawn as the options say."""
+    """Pictures drawn from noise (N, C, H, W), with labels y (N,), as the options say."""
     from sample import draw
 
     batches = zip(noise.split(batch_size), y.split(batch_size))
@@ -506,7 +506,7 @@ def sample_grid(method, noise, y):
 
 
 def check_options(config):
-    """Calls fail() where options do not go together: before any data are read."""
+    """Calls fail() if options do not go together. Runs before any data are read."""
     from configurator import explained, fail
     from sample import check_sampler
     from unet import UNet
@@ -514,7 +514,7 @@ def check_options(config):
     with explained():
         trial = build(UNet(**{name: config[name] for name in ARCHITECTURE}), config)
         check_sampler(sampler, trial)
-        trial.loss(torch.zeros(2, 1, 8, 8))          # fails here if it would fail in training
+        trial.loss(torch.zeros(2, 1, 8, 8))          # fail now rather than in training
     if Path(dataset).is_dir() and Path(dataset).resolve() == Path(out_dir).resolve():
         fail(f"--out_dir={out_dir} is the folder of the pictures: choose another one")
     if guidance != 1 and not conditional:
@@ -523,18 +523,19 @@ def check_options(config):
         fail(f"--guidance={guidance} needs the unconditional model: a --label_dropout above 0")
 
 
-ARCHITECTURE += ["channels", "channel_mults", "n_res_blocks", "attention_levels", "dropout", "patch"]
+ARCHITECTURE += ["channels", "channel_mults", "n_res_blocks", "attention_levels",
+                 "dropout", "patch"]
 FIXED += ["image_size", "conditional", "muon", "adam_beta2", *ARCHITECTURE]
 
 if __name__ == "__main__":
     from configurator import TRAINING, configure, explained, fail, resume
     from core.data import load_data, place
     from core.machine import choose_machine, describe_machine, describe_model, init_distributed
-    from core.run import (Run, load_checkpoint, load_weights, require_pairs_kept, require_room,
-                          require_same_data, restore, survive, take_weights)
+    from core.run import (Run, load_checkpoint, load_weights, require_free_folder,
+                          require_pairs_kept, require_same_data, restore, survive, take_weights)
     from unet import Muon, UNet
 
-    # Options: the defaults, or when resuming those of the run, overridden by the command line.
+    # Options: the defaults, or the run's own when resuming, overridden by the command line.
     config, checkpoint, start = configure(globals(), TRAINING | LIMITS), None, None
     if init_from == "resume":
         checkpoint = load_checkpoint(Path(out_dir, "ckpt.pt"), METHOD)
@@ -542,7 +543,7 @@ if __name__ == "__main__":
     else:
         if init_from != "scratch":
             start = load_weights(init_from, METHOD, out_dir)
-        require_room(out_dir, overwrite)
+        require_free_folder(out_dir, overwrite)
     check_options(config)
 
     # The machine, and the other processes if torchrun started some.
@@ -550,8 +551,8 @@ if __name__ == "__main__":
     processes = init_distributed(device)
     rank, world_size = processes.rank, processes.world_size
 
-    # Mixed precision: weights stay float32, the model computes in dtype. Gradients in float16 are
-    # scaled up, or small ones would vanish.
+    # Mixed precision: weights stay in float32, the model computes in dtype. float16 gradients are
+    # scaled up, or small ones would underflow.
     device_type = torch.device(device).type
     autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != "float32")
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
@@ -560,7 +561,7 @@ if __name__ == "__main__":
     with processes.main_first(), explained(f"--dataset={dataset}: "):
         data = load_data(dataset, data_dir, image_size, conditional, background)
     x_train, y_train, x_val, y_val, noise_train, noise_val = place(data, device, offload)
-    if noise_train is not None:                      # which is then part of the data
+    if noise_train is not None:                      # each picture is paired with its noise
         require_pairs_kept(config, dataset)
     picture_shape = tuple(x_train.shape[1:])         # (C, H, W)
     num_classes = len(data.classes)
@@ -587,9 +588,9 @@ if __name__ == "__main__":
         restore(checkpoint, model=model, ema=ema, optimizer=optimizer, scaler=scaler)
         losses += checkpoint["losses"].to(device)
         it = checkpoint["iteration"]
-    # As CUDA graphs, all kernels of a pass are launched at once. Gradients must not outlive a pass.
-    alone = world_size == gradient_accumulation_steps == 1
-    net = torch.compile(model, mode="reduce-overhead" if alone else None) if compile else model
+    # CUDA graphs launch all kernels of a pass at once, but gradients must not outlive a pass.
+    one_pass = world_size == gradient_accumulation_steps == 1
+    net = torch.compile(model, mode="reduce-overhead" if one_pass else None) if compile else model
     if world_size > 1:
         net = torch.nn.parallel.DistributedDataParallel(net)
     trained, averaged = build(net, config, device), build(ema, config, device)

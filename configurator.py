@@ -1,15 +1,15 @@
 """
-Options override a script's globals, from the command line and config files: nanoGPT's, but checked.
+The command line and config files override a script's globals: nanoGPT's configurator, but checked.
 
     if __name__ == "__main__":
-        config = configure(globals(), {"batch_size": (1, math.inf), "dtype": ["float32", "float16"]})
+        config = configure(globals(), {"batch_size": (1, math.inf), "task": ["draw", "encode"]})
 
     python cfm.py preset.py --batch_size=64 --learning-rate 1e-3 --compile
 
 The options are the script's lower-case globals that hold a bool, int, float, str or tuple. An
-option keeps the type of its default. Where it is given twice, the last value wins. A config file
-holds lines of `key = literal`, and is read, never executed. Whatever is wrong ends in one line on
-stderr and exit code 2.
+option keeps the type of its default. If it is given twice, the last value wins. A config file
+holds lines of `key = literal`, and is read, never executed. Any error ends in one line on stderr
+and exit code 2.
 """
 import ast
 import codecs
@@ -29,7 +29,7 @@ ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub,
 NOT_A_LITERAL = (ValueError, SyntaxError, TypeError, ArithmeticError, RecursionError, MemoryError)
 
 
-# What the options of the training scripts may be, apart from those of the method.
+# Allowed values of the training scripts' options, except for the method's own.
 TRAINING = {
     "dtype": ["auto", "float32", "bfloat16", "float16"],
     "compile": ["auto", True, False],
@@ -49,7 +49,7 @@ TRAINING = {
 # ---- what a program says ----
 
 def say(*text, file=None):
-    """print() at once. No full disk, closed pipe or terminal without the letters ends a run."""
+    """print() and flush. A full disk, a closed pipe or an odd character never ends a run."""
     file = file or sys.stdout
     with contextlib.suppress(OSError):
         try:
@@ -63,13 +63,13 @@ def fail(message):
     """Say in one line what was wrong and what to do about it, and exit with code 2."""
     say(f"{Path(sys.argv[0]).name}: {' '.join(message.splitlines())}", file=sys.stderr)
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        os._exit(2)              # one of several: taking down gloo's threads may abort the process
+        os._exit(2)              # one of several: shutting down gloo's threads may abort this one
     sys.exit(2)
 
 
 @contextlib.contextmanager
 def explained(where="", kind=Exception):
-    """An exception inside ends the program as any mistake does: in a line, where and why."""
+    """An exception inside ends the program by fail(): one line says where and why."""
     try:
         yield
     except kind as e:
@@ -79,7 +79,7 @@ def explained(where="", kind=Exception):
 # ---- what an option may be ----
 
 def parse(value, default):
-    """The value, a literal or its text, as the type of the default; else raises NOT_A_LITERAL."""
+    """The value, a literal or its text, as the default's type; else raises one of NOT_A_LITERAL."""
     kind = type(default)
     if kind is bool and str(value).lower() in WORDS:
         return WORDS[str(value).lower()]
@@ -93,7 +93,7 @@ def parse(value, default):
     if type(value) is not kind or kind is float and not math.isfinite(value):
         raise ValueError
     if kind is str and (value == "~" or value.startswith("~/")):
-        value = os.path.expanduser(value)                               # shells do not, after a =
+        value = os.path.expanduser(value)                               # after =, shells do not
     return value
 
 
@@ -104,7 +104,7 @@ class Options:
         self.defaults = {name: value for name, value in settings.items()
                          if name.islower() and name[0] != "_" and type(value) in KINDS}
         self.limits = limits
-        self.flags = {name for name, value in self.defaults.items()     # no value means true
+        self.flags = {name for name, value in self.defaults.items()     # alone they mean true
                       if type(value) is bool or True in self.choices(name)}
 
     def choices(self, name):
@@ -116,7 +116,7 @@ class Options:
         return {*WORDS, *map(str, self.choices(name))}
 
     def checked(self, where, name, value):
-        """The value that the option gets; calls fail() if it may not have it."""
+        """The value, as the option's type; calls fail() if it is not allowed."""
         if name not in self.defaults:
             near = difflib.get_close_matches(str(name), self.defaults, n=1)
             hint = f"did you mean {near[0]}?" if near else "--help lists them"
@@ -137,7 +137,7 @@ class Options:
         return value
 
     def restored(self, saved):
-        """All options: those that a checkpoint saved, and defaults for those it does not know."""
+        """All options: those that a checkpoint saved, and defaults for those it lacks."""
         saved = {k: self.checked(f"the checkpoint's {k}", k, v) for k, v in saved.items()}
         return self.defaults | saved
 
@@ -207,8 +207,8 @@ def configure(settings, limits={}, argv=None, saved={}):
     """
     Override settings, a script's globals(), and return all options as a dict.
 
-    First come the saved options of an earlier run, then argv, by default the command line. limits
-    maps an option to (least, most), or to a list of choices, which may hold True and False.
+    The saved options of an earlier run come first, then argv, by default the command line. limits
+    maps an option to (least, most), or to a list of choices, which may include True and False.
     """
     argv, script = sys.argv[1:] if argv is None else argv, Path(settings["__file__"])
     if {"-h", "--help"} & set(argv):
@@ -225,9 +225,9 @@ def configure(settings, limits={}, argv=None, saved={}):
 
 def resume(settings, limits, fixed, checkpoint):
     """
-    configure() for a run that goes on: with the options it had, but for out_dir and those now given.
+    configure() for a resumed run: its saved options, except out_dir, overridden by those given now.
 
-    Says what differs. Calls fail() where that is in the list fixed, or if nothing is left to do.
+    Prints what has changed. Calls fail() if that is one of fixed, or if nothing is left to do.
     """
     saved, it = checkpoint["config"], checkpoint["iteration"]
     config = configure(settings, limits, saved={k: v for k, v in saved.items() if k != "out_dir"})
@@ -240,5 +240,5 @@ def resume(settings, limits, fixed, checkpoint):
             say(f"resuming with {name} = {value}, which was {before}")
     if it >= config["max_iters"]:
         fail(f"the run in {config['out_dir']} is complete at iteration {it}: "
-             f"to go further add --max_iters={2 * it}")
+             f"to train longer, add --max_iters={2 * it}")
     return config

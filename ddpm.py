@@ -7,14 +7,14 @@ Denoising diffusion probabilistic models in one file: Ho et al. 2020 (arXiv 2006
     python ddpm.py --init_from=resume                          # continue a run that was stopped
     torchrun --standalone --nproc_per_node=4 ddpm.py           # on four GPUs
 
-The process q adds noise to a picture in n_steps small steps, until little else is left. The
-process p is learned, and undoes them one by one. The bound on -log p(x0) is, except for its two
-ends, a sum of
-    KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)),
-each between Gaussians of fixed variance, so it is a squared distance between their means. Up to a
-weight, which training drops, that is the squared error of a model that predicts the noise in x_t.
-docs/mathematics.md derives it all. Files beside this one are imported where they are used, so it
-can be copied alone.
+The forward process q adds noise to a picture in n_steps small steps, until little else is left. The
+reverse process p is learned, and undoes them one by one. The bound on -log p(x0) is, except for its
+first and last terms, a sum of
+    KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)).
+Each is between Gaussians of fixed variance, so it is a squared distance between their means. Up to
+a weight, which training drops, that is the squared error of a model that predicts the noise in x_t.
+docs/mathematics.md derives it all. Sibling files are imported where they are used, so this one can
+be copied alone.
 """
 import copy
 import math
@@ -27,42 +27,42 @@ import torch
 eval_interval = 938       # iterations between evaluations, grids and checkpoints: an epoch of MNIST
 log_interval = 100        # iterations between lines of the log
 init_from = "scratch"     # or "resume": continue the run in out_dir with its options; or another
-#                           run's folder: begin with its averaged weights
+#                           run's folder: start from its averaged weights
 overwrite = False         # replace the run in out_dir
 # data
 dataset = "mnist"         # or fashion_mnist, cifar10, synthetic, a folder of pictures, an .npz file
-data_dir = "data"         # for downloads, and for what was read from folders
-image_size = 0            # centre-crop and resize pictures to this side; 0: as they are
+data_dir = "data"         # for downloads, and for the cache of picture folders
+image_size = 0            # centre-crop and resize pictures to this size; 0: leave them as they are
 background = "white"      # for transparent pictures: a colour's name, or #rrggbb
 changed_data = False      # allow resuming on changed data
-offload = False           # keep the pictures in the CPU's memory: for sets too large for the GPU
-flip = False              # mirror pictures at random: never for digits
+offload = False           # keep the pictures in CPU memory: for data sets too large for the GPU
+flip = False              # randomly mirror pictures: not for digits
 conditional = True        # class-conditional, if the data has labels
 label_dropout = 0.02      # fraction of labels dropped, which makes guidance possible
 # model, see unet.py
-channels = 24             # width of the first level
-channel_mults = (1, 2)    # width of each level, as a multiple; each level halves the resolution
+channels = 24             # base width
+channel_mults = (1, 2)    # width of each level, as a multiple; the resolution halves in between
 n_res_blocks = 1          # residual blocks per level
 attention_levels = (2,)   # levels with attention, from 0; one past the last is the middle block
 dropout = 0.0             # inside the residual blocks
 patch = 2                 # fold patch x patch pixels into channels: 2 runs at half the resolution
 # training
 batch_size = 64           # per process; with accumulation, the micro-batch size
-gradient_accumulation_steps = 1  # micro-batches per step of the optimizer
-max_iters = 9380          # steps of the optimizer: ten epochs of MNIST
-minutes = 0.0             # end by the clock: as many steps as fit into these minutes; 0: max_iters
+gradient_accumulation_steps = 1  # micro-batches per optimizer step
+max_iters = 9380          # optimizer steps: ten epochs of MNIST
+minutes = 0.0             # train for this many minutes instead of max_iters steps; 0: max_iters
 muon = True               # Muon for convolution kernels, AdamW for the rest; false: AdamW for all
 learning_rate = 6e-3      # peak, before the decay
 warmup_iters = 100        # linear warm-up from 0
 decay_lr = True           # linear decay to 0 over the whole run; false: constant after the warm-up
 weight_decay = 0.01       # decoupled, as in AdamW
-adam_beta2 = 0.99         # of AdamW's second moment; the textbook's is 0.999
+adam_beta2 = 0.99         # decay of AdamW's second moment; 0.999 is the usual value
 grad_clip = 1.0           # clip the gradient's norm; 0: no clipping
-ema_decay = 0.999         # of the averaged weights that are used for sampling; starts at 0.1
+ema_decay = 0.999         # of the averaged weights, which are used for sampling; ramps up from 0.1
 # machine
 device = "auto"           # cuda, cuda:1, mps or cpu; auto: the first that is available
-dtype = "auto"            # float32, bfloat16 or float16; auto: on CUDA bfloat16, or on an old GPU
-#                           float16; elsewhere float32
+dtype = "auto"            # float32, bfloat16 or float16; auto: bfloat16 on CUDA, float16 on older
+#                           GPUs, float32 elsewhere
 compile = "auto"          # torch.compile: true or false; auto: on CUDA
 seed = 1337               # every draw is a function of seed, iteration and micro-batch
 # the method, and the grids drawn with it
@@ -70,7 +70,7 @@ out_dir = "out/ddpm"      # for checkpoints, grids and log.csv
 n_steps = 1000            # T, the number of noising steps
 schedule = "cosine"       # of the noise: cosine (Nichol & Dhariwal), linear (Ho et al.) or log_snr
 prediction = "v"          # what the model predicts: eps as in Ho et al., x0, or v, a mix of both
-weighting = "simple"      # of the squared error: all t alike; min_snr: that of x0 by min(snr, 5)
+weighting = "simple"      # of the loss: equal at all t; min_snr: min(snr, 5) on the error of x0
 variance = "fixedlarge"   # of p: beta; fixedsmall: beta~, that of q(x_{t-1} | x_t, x_0)
 t_mean = 0.4              # training times t / T are sigmoid(N(t_mean, 1)); 1 is noise
 t_uniform = 0.1           # fraction of each batch with uniform times instead
@@ -82,21 +82,21 @@ METHOD = "ddpm"
 
 
 def linear_beta(n_steps):
-    """Ho et al., section 4, at 1000 steps; scaled elsewhere, for alpha_bar to end near 0 as well."""
+    """Ho et al., section 4, at 1000 steps; rescaled for others, so alpha_bar still ends near 0."""
     beta = torch.linspace(1e-4, 0.02, n_steps, dtype=torch.float64, device="cpu")
     return beta * 1000 / n_steps
 
 
 def cosine_beta(n_steps):
     """Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 17: alpha_bar falls as a squared cosine."""
-    share = torch.linspace(0, 1, n_steps + 1, dtype=torch.float64, device="cpu")
-    f = torch.cos((share + 0.008) / 1.008 * math.pi / 2) ** 2
+    fraction = torch.linspace(0, 1, n_steps + 1, dtype=torch.float64, device="cpu")
+    f = torch.cos((fraction + 0.008) / 1.008 * math.pi / 2) ** 2
     return 1 - f[1:] / f[:-1]
 
 
 def log_snr_beta(n_steps):
-    """Kingma et al. 2021 (arXiv 2107.00630): the log of alpha_bar / (1 - alpha_bar) falls evenly."""
-    # from noise of a sixth of a grey level on; theirs ends at -5, which leaves more signal at T
+    """Kingma et al. 2021 (arXiv 2107.00630): log(alpha_bar / (1 - alpha_bar)) falls linearly."""
+    # 13.3 is noise of a sixth of a grey level; theirs ends at -5, which leaves more signal at T
     log_snr = torch.linspace(13.3, -10, n_steps, dtype=torch.float64, device="cpu")
     alpha_bar = torch.cat([torch.ones_like(log_snr[:1]), log_snr.sigmoid()])
     return 1 - alpha_bar[1:] / alpha_bar[:-1]
@@ -104,8 +104,8 @@ def log_snr_beta(n_steps):
 
 SCHEDULES = {"linear": linear_beta, "cosine": cosine_beta, "log_snr": log_snr_beta}
 
-# What the model is asked for, and the (x0, eps) that its answer means, where xt = a x0 + b eps.
-# v, of Salimans & Ho 2022 (arXiv 2202.00512), is eps where all is data, and -x0 where all is noise.
+# The model's target, and the (x0, eps) that its output implies, where xt = a x0 + b eps.
+# v (Salimans & Ho 2022, arXiv 2202.00512) is eps at the data end, and -x0 at the noise end.
 PREDICTIONS = {
     "eps": (lambda x0, eps, a, b: eps,
             lambda out, xt, a, b: ((xt - b * out) / a, out)),
@@ -120,21 +120,21 @@ VARIANCES = ["fixedlarge", "fixedsmall"]
 
 class DenoiseDiffusion:
     """
-    The noising process q, its reversal p, and the loss that trains p.
+    The forward process q, the reverse process p, and the loss that trains p.
 
-    eps_model             is called as eps_model(t=t, x=xt, y=y), returns a tensor shaped like xt
+    eps_model             called as eps_model(t=t, x=xt, y=y); returns a tensor shaped like xt
     n_steps               T, at least 2
-    schedule, prediction  names in SCHEDULES and PREDICTIONS: of the noise, and of the answer
+    schedule, prediction  keys of SCHEDULES and PREDICTIONS
     weighting             "simple", or "min_snr" of Hang et al. 2023 (arXiv 2303.09556)
     variance              of p: "fixedlarge" for beta, "fixedsmall" for beta~
     t_mean, t_uniform     the distribution of training times, see draw_times(); default uniform
-    unit_time             eps_model takes t / T, as unet.py does, and not t
+    unit_time             eps_model takes t / T, as unet.py does, rather than t
 
     Throughout, x0, xt and eps are (B, *dim), with x0 in [-1, 1]. Times t are long (B,) in [0, T):
-    t = 0 is the paper's t = 1. Labels y are long (B,), -1 for none, or None. The defaults are the
-    paper's, those of the script are not. Raises ValueError for unknown options.
+    t = 0 is the paper's t = 1. Labels y are long (B,), -1 for none, or None. These defaults are the
+    paper's; the script's are not. Raises ValueError for unknown options.
     """
-    straight = True       # z = tau x0 + (1 - tau) eps is on a line, so velocity() implies both
+    straight = True       # z = tau x0 + (1 - tau) eps is a line, so velocity() determines both ends
 
     def __init__(self, eps_model, n_steps=1000, device="cpu", schedule="linear",
                  prediction="eps", weighting="simple", variance="fixedlarge",
@@ -154,7 +154,7 @@ class DenoiseDiffusion:
         self.t_uniform = t_uniform
         self.unit_time = unit_time
 
-        # tables with an entry for each t, made in float64 on the CPU
+        # tables indexed by t, computed in float64 on the CPU
         def table(values):
             return values.float().to(device)
 
@@ -165,11 +165,11 @@ class DenoiseDiffusion:
         self.beta = table(beta)
         self.alpha = table(alpha)
         self.alpha_bar = table(alpha_bar)
-        self.one_minus_alpha_bar = table(1 - alpha_bar)     # the difference in float32 is inexact
+        self.one_minus_alpha_bar = table(1 - alpha_bar)     # in float32 it would be inexact
 
-        # q(x_{t-1} | x_t, x_0), eq. 7: its variance, and its mean in x0 and xt, or in xt and eps
+        # q(x_{t-1} | x_t, x_0), eq. 7: its variance, and coefficients of its mean, in x0 or in eps
         beta_tilde = beta * (1 - alpha_bar_before) / (1 - alpha_bar)
-        beta_tilde[0] = beta_tilde[1]                       # not 0: L_0 of the bound divides by its root
+        beta_tilde[0] = beta_tilde[1]                       # not 0: L_0 divides by its square root
         self.beta_tilde = table(beta_tilde)
         self.x0_coef = table(alpha_bar_before.sqrt() * beta / (1 - alpha_bar))
         self.xt_coef = table(alpha.sqrt() * (1 - alpha_bar_before) / (1 - alpha_bar))
@@ -178,7 +178,7 @@ class DenoiseDiffusion:
         # p(x_{t-1} | x_t): its variance, section 3.2
         self.sigma2 = self.beta if variance == "fixedlarge" else self.beta_tilde
 
-        # weights of the squared error: by min_snr an error in x0 has the weight min(snr, 5)
+        # weights of the squared error; min_snr gives an error in x0 the weight min(snr, 5)
         weight = torch.ones_like(beta)
         if weighting == "min_snr":
             snr = alpha_bar / (1 - alpha_bar)
@@ -188,7 +188,7 @@ class DenoiseDiffusion:
             weight = snr.clamp(max=5) / torch.as_tensor(error).square()
         self.weight = table(weight)
 
-        # the time a / (a + b) of velocity() at each t: it falls from almost 1 to almost 0
+        # tau = a / (a + b) of velocity() at each t, falling from almost 1 to almost 0
         a, b = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
         tau = (a / (a + b)).float()
         self.tau = table(tau)
@@ -212,7 +212,7 @@ class DenoiseDiffusion:
         return expand_like(self.x0_coef[t], xt) * x0 + expand_like(self.xt_coef[t], xt) * xt
 
     def q_posterior_mean_eps(self, xt, t, eps):
-        """The same through the noise eps that led from x0 to xt, eq. 11."""
+        """The same mean, from xt and the noise eps in it, eq. 11."""
         without = xt - expand_like(self.eps_coef[t], xt) * eps
         return without / expand_like(self.alpha[t], xt).sqrt()
 
@@ -224,30 +224,30 @@ class DenoiseDiffusion:
         b = expand_like(self.one_minus_alpha_bar[t], x).sqrt()
         return a, b
 
-    def answer(self, xt, t, y=None, guidance=1.0):
-        """What the model says of xt, (B, *dim). Here t may be a fraction."""
+    def output(self, xt, t, y=None, guidance=1.0):
+        """The model's output at xt, (B, *dim). Here t need not be an integer."""
         t = t / self.n_steps if self.unit_time else t
         return classifier_free_guidance(self.eps_model, t, xt, y, guidance)
 
     def predict(self, xt, t, a, b, y=None, guidance=1.0):
-        """The x0 and the eps in xt = a x0 + b eps according to the model, (B, *dim) each."""
+        """The x0 and eps in xt = a x0 + b eps as the model predicts them, (B, *dim) each."""
         _, read = PREDICTIONS[self.prediction]
-        return read(self.answer(xt, t, y, guidance), xt, a, b)
+        return read(self.output(xt, t, y, guidance), xt, a, b)
 
     def loss(self, x0, y=None, noise=None, u=None):
-        """Algorithm 1, eq. 14: E weight |target - answer|^2, at times t = u T, u (B,) in [0, 1]."""
+        """Algorithm 1, eq. 14: E weight |target - output|^2, at times t = u T, u (B,) in [0, 1]."""
         u = draw_times(len(x0), self.t_mean, self.t_uniform, x0.device) if u is None else u
         t = (u * self.n_steps).long().clamp(max=self.n_steps - 1)
         eps = torch.randn_like(x0) if noise is None else noise
         target, _ = PREDICTIONS[self.prediction]
-        answer = self.answer(self.q_sample(x0, t, eps), t, y)
-        error = (answer - target(x0, eps, *self.scales(t, x0))).square()
+        output = self.output(self.q_sample(x0, t, eps), t, y)
+        error = (output - target(x0, eps, *self.scales(t, x0))).square()
         return (expand_like(self.weight[t], x0) * error).mean()
 
     # ---- p, from noise to data ----
 
     def p_mean(self, xt, t, y=None, guidance=1.0, clip=False):
-        """Mean of p(x_{t-1} | x_t): that of q at the predicted x0, kept in [-1, 1] by clip."""
+        """Mean of p(x_{t-1} | x_t): q's posterior mean at the predicted x0, which clip clamps."""
         x0, eps = self.predict(xt, t, *self.scales(t, xt), y, guidance)
         if clip:
             return self.q_posterior_mean(xt, t, x0.clamp(-1, 1))
@@ -261,7 +261,7 @@ class DenoiseDiffusion:
 
     @torch.no_grad()
     def sample(self, noise, y=None, guidance=1.0, clip=False, randn=torch.randn_like):
-        """Algorithm 2: pictures from noise (B, *dim), a step of p for each t. randn(x) is like x."""
+        """Algorithm 2: pictures from noise (B, *dim), one step per t. randn(x) draws like x."""
         xt = noise
         for t in reversed(range(self.n_steps)):
             t = torch.full((len(xt),), t, device=xt.device)
@@ -272,10 +272,10 @@ class DenoiseDiffusion:
 
     def velocity(self, tau, z, y=None, guidance=1.0, clip=False):
         """
-        E[x0 - eps | z] at z = tau x0 + (1 - tau) eps: the dz / dtau of a flow from noise to data.
+        E[x0 - eps | z] at z = tau x0 + (1 - tau) eps: dz / dtau of the flow from noise to data.
 
         With xt = a x0 + b eps, z (B, *dim) is xt / (a + b), and tau (B,) is a / (a + b). Between
-        the tau of two steps, t is a fraction. clip keeps the predicted x0 in [-1, 1].
+        the tau of two steps, t is interpolated. clip keeps the predicted x0 in [-1, 1].
         """
         i = torch.searchsorted(-self.tau, -tau).clamp(1, self.n_steps - 1)
         t = i - (tau - self.tau[i]) / (self.tau[i - 1] - self.tau[i])
@@ -289,23 +289,23 @@ class DenoiseDiffusion:
 
     def times(self, steps, even=False):
         """
-        The times tau of a sampler of sample.py, from the noise to 1 (data): at most T steps.
+        The times tau of a sampler of sample.py, from noise to data at tau = 1: at most T steps.
 
-        Steps are shorter near the noise, where shapes are decided: u / (2 - u) of uniform u (Esser
-        et al. 2024, arXiv 2403.03206, section 5.3.2), rounded to the next noisier t, each t once.
-        even=True spaces them uniformly in t, for samplers that evaluate the velocity ahead:
-        midpoint, heun, rk4. They then end at t = 0, the least noise that the model knows.
+        Steps are shorter near the noise, where shapes are decided: u / (2 - u) for evenly spaced u
+        (Esser et al. 2024, arXiv 2403.03206, section 5.3.2), rounded to the next noisier t, each t
+        once. even=True spaces them evenly in t instead, for samplers that look ahead: midpoint,
+        heun, rk4. They then end at t = 0, the least noise that the model knows.
         """
         T, steps = self.n_steps, min(steps, self.n_steps)
         if even:
-            shares = [i / max(1, steps - 1) for i in range(steps)]
-            return [self.taus[round((1 - share) * (T - 1))] for share in shares]
+            fractions = [i / max(1, steps - 1) for i in range(steps)]
+            return [self.taus[round((1 - fraction) * (T - 1))] for fraction in fractions]
         ts = [T]
         for i in range(steps):
             wanted = i / (2 * steps - i)
             t = next((t for t in range(T) if self.taus[t] <= wanted), T)
             t = min(t, ts[-1] - 1)                          # each t once,
-            ts.append(max(t, steps - 1 - i))                # and one left for each step that follows
+            ts.append(max(t, steps - 1 - i))                # and one left for each later step
         return [self.taus[t] for t in ts[1:]] + [1.0]
 
 
@@ -317,7 +317,7 @@ def build(model, config, device="cpu"):
 
 
 FIXED = ["n_steps", "schedule", "prediction"]    # options that cannot change on resume
-LIMITS = {                                       # what options may be: (least, most), or a choice
+LIMITS = {                                       # allowed values: (least, most), or a list
     "n_steps": (2, math.inf),
     "schedule": list(SCHEDULES),
     "prediction": list(PREDICTIONS),
@@ -325,13 +325,13 @@ LIMITS = {                                       # what options may be: (least, 
     "variance": VARIANCES,
     "sampler": ["dpm++", "ancestral", "ddim", "euler", "midpoint", "heun", "rk4", "dopri5"],
 }
-ARCHITECTURE = []                                # the method's own options of the model: none
+ARCHITECTURE = []                                # model options that only this method has: none
 
 
 # ---- the rest is the same in ddpm.py and cfm.py; the options are globals ----
 
 def expand_like(t, x):
-    """t (B,), or a number, shaped (B, 1, ...) to go with x (B, *dim)."""
+    """t (B,), or a number, reshaped to (B, 1, ...) to broadcast against x (B, *dim)."""
     return t.reshape(-1, *[1] * (x.dim() - 1)) if torch.is_tensor(t) else t
 
 
@@ -339,7 +339,7 @@ def classifier_free_guidance(model, t, x, y, scale):
     """
     out(no label) + scale (out(label) - out(no label)), (B, *dim), in one call of the model.
 
-    Ho & Salimans 2022 (arXiv 2207.12598). At scale 1, or without labels, that is the model as it is.
+    Ho & Salimans 2022 (arXiv 2207.12598). At scale 1, or without labels, it is the plain model.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)     # in half precision errors would add up
     if y is None or scale == 1:
@@ -364,7 +364,7 @@ def draw_times(n, mean, uniform, device="cpu"):
 
 
 def get_lr(it):
-    """The learning rate of iteration it: linear warm-up times linear decay."""
+    """The learning rate at iteration it: linear warm-up times linear decay."""
     lr = learning_rate * min(1, (it + 1) / max(1, warmup_iters))
     return lr * (1 - it / max_iters) if decay_lr else lr
 
@@ -377,8 +377,8 @@ def get_batch(pictures, labels, noise=None):
     device = labels.device
     i = torch.randint(len(pictures), (batch_size,))
     x = pictures[i.to(pictures.device, non_blocking=True)]
-    if x.device != device:                           # offloaded: copying from pinned memory does not
-        x = x.pin_memory()                           # hold up the CPU
+    if x.device != device:                           # offloaded: a copy from pinned memory does not
+        x = x.pin_memory()                           # block the CPU
     x = x.to(device, non_blocking=True).float() / 127.5 - 1
     if flip:
         mirrored = torch.rand(batch_size, 1, 1, 1, device=device) < 0.5
@@ -390,10 +390,10 @@ def get_batch(pictures, labels, noise=None):
 
 def update_average(ema, model, it):
     """
-    Move the averaged weights towards the latest.
+    Move the averaged weights towards the latest ones.
 
-    Averaging removes the noise of single steps, and gives better samples. The decay starts low, so
-    that the initial weights are soon forgotten.
+    Averaging smooths out the noise of single steps, and gives better samples. The decay starts low,
+    so that the initial weights are soon forgotten.
     """
     from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -403,10 +403,10 @@ def update_average(ema, model, it):
 
 def fixed_batches(x, y, noise, num_classes):
     """
-    What all evaluations and grids of a run share, so that they are comparable.
+    The batches that all evaluations and grids of a run share, so that they are comparable.
 
-    That is (x, y, noise, u) for evaluate(), of the first 256 held-out pictures, with their own noise
-    where they have some; and (noise, y) for sample_grid(), a row of ten for each class.
+    (x, y, noise, u) for evaluate() holds the first 256 held-out pictures, with the noise they are
+    paired with, if any. (noise, y) for sample_grid() makes a row of ten for each class.
     """
     device, fixed = x.device, torch.Generator().manual_seed(0)
     x, y = x[:256].float() / 127.5 - 1, y[:256]
@@ -429,7 +429,7 @@ def evaluate(method, x, y, noise, u):
     torch.manual_seed(seed)
     quarters = []
     for quarter in range(4):
-        times = ((quarter + u) / 4).clamp(max=1 - 2**-24)    # may round to 1, where paths may end
+        times = ((quarter + u) / 4).clamp(max=1 - 2**-24)    # rounding to 1 may hit a singular end
         batches = zip(*[v.split(batch_size) for v in (x, y, noise, times)])
         total = sum(len(batch[0]) * method.loss(*batch) for batch in batches)
         quarters.append(total.item() / len(x))
@@ -437,7 +437,7 @@ def evaluate(method, x, y, noise, u):
 
 
 def sample_grid(method, noise, y):
-    """Pictures like noise (N, C, H, W), with labels y (N,), drawn as the options say."""
+    """Pictures drawn from noise (N, C, H, W), with labels y (N,), as the options say."""
     from sample import draw
 
     batches = zip(noise.split(batch_size), y.split(batch_size))
@@ -445,7 +445,7 @@ def sample_grid(method, noise, y):
 
 
 def check_options(config):
-    """Calls fail() where options do not go together: before any data are read."""
+    """Calls fail() if options do not go together. Runs before any data are read."""
     from configurator import explained, fail
     from sample import check_sampler
     from unet import UNet
@@ -453,7 +453,7 @@ def check_options(config):
     with explained():
         trial = build(UNet(**{name: config[name] for name in ARCHITECTURE}), config)
         check_sampler(sampler, trial)
-        trial.loss(torch.zeros(2, 1, 8, 8))          # fails here if it would fail in training
+        trial.loss(torch.zeros(2, 1, 8, 8))          # fail now rather than in training
     if Path(dataset).is_dir() and Path(dataset).resolve() == Path(out_dir).resolve():
         fail(f"--out_dir={out_dir} is the folder of the pictures: choose another one")
     if guidance != 1 and not conditional:
@@ -462,18 +462,19 @@ def check_options(config):
         fail(f"--guidance={guidance} needs the unconditional model: a --label_dropout above 0")
 
 
-ARCHITECTURE += ["channels", "channel_mults", "n_res_blocks", "attention_levels", "dropout", "patch"]
+ARCHITECTURE += ["channels", "channel_mults", "n_res_blocks", "attention_levels",
+                 "dropout", "patch"]
 FIXED += ["image_size", "conditional", "muon", "adam_beta2", *ARCHITECTURE]
 
 if __name__ == "__main__":
     from configurator import TRAINING, configure, explained, fail, resume
     from core.data import load_data, place
     from core.machine import choose_machine, describe_machine, describe_model, init_distributed
-    from core.run import (Run, load_checkpoint, load_weights, require_pairs_kept, require_room,
-                          require_same_data, restore, survive, take_weights)
+    from core.run import (Run, load_checkpoint, load_weights, require_free_folder,
+                          require_pairs_kept, require_same_data, restore, survive, take_weights)
     from unet import Muon, UNet
 
-    # Options: the defaults, or when resuming those of the run, overridden by the command line.
+    # Options: the defaults, or the run's own when resuming, overridden by the command line.
     config, checkpoint, start = configure(globals(), TRAINING | LIMITS), None, None
     if init_from == "resume":
         checkpoint = load_checkpoint(Path(out_dir, "ckpt.pt"), METHOD)
@@ -481,7 +482,7 @@ if __name__ == "__main__":
     else:
         if init_from != "scratch":
             start = load_weights(init_from, METHOD, out_dir)
-        require_room(out_dir, overwrite)
+        require_free_folder(out_dir, overwrite)
     check_options(config)
 
     # The machine, and the other processes if torchrun started some.
@@ -489,8 +490,8 @@ if __name__ == "__main__":
     processes = init_distributed(device)
     rank, world_size = processes.rank, processes.world_size
 
-    # Mixed precision: weights stay float32, the model computes in dtype. Gradients in float16 are
-    # scaled up, or small ones would vanish.
+    # Mixed precision: weights stay in float32, the model computes in dtype. float16 gradients are
+    # scaled up, or small ones would underflow.
     device_type = torch.device(device).type
     autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != "float32")
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
@@ -499,7 +500,7 @@ if __name__ == "__main__":
     with processes.main_first(), explained(f"--dataset={dataset}: "):
         data = load_data(dataset, data_dir, image_size, conditional, background)
     x_train, y_train, x_val, y_val, noise_train, noise_val = place(data, device, offload)
-    if noise_train is not None:                      # which is then part of the data
+    if noise_train is not None:                      # each picture is paired with its noise
         require_pairs_kept(config, dataset)
     picture_shape = tuple(x_train.shape[1:])         # (C, H, W)
     num_classes = len(data.classes)
@@ -526,9 +527,9 @@ if __name__ == "__main__":
         restore(checkpoint, model=model, ema=ema, optimizer=optimizer, scaler=scaler)
         losses += checkpoint["losses"].to(device)
         it = checkpoint["iteration"]
-    # As CUDA graphs, all kernels of a pass are launched at once. Gradients must not outlive a pass.
-    alone = world_size == gradient_accumulation_steps == 1
-    net = torch.compile(model, mode="reduce-overhead" if alone else None) if compile else model
+    # CUDA graphs launch all kernels of a pass at once, but gradients must not outlive a pass.
+    one_pass = world_size == gradient_accumulation_steps == 1
+    net = torch.compile(model, mode="reduce-overhead" if one_pass else None) if compile else model
     if world_size > 1:
         net = torch.nn.parallel.DistributedDataParallel(net)
     trained, averaged = build(net, config, device), build(ema, config, device)

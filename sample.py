@@ -10,7 +10,7 @@ Draw pictures with a checkpoint of ddpm.py or cfm.py, or measure how likely real
 
 A sampler is a function of a velocity v(tau, z), of noise z, and of the times taus between which it
 steps. On the straight path z = tau data + (1 - tau) noise, the velocity is v = E[data - noise | z].
-cfm.py learns it; ddpm.py computes it from its prediction. From v follow predictions of the data,
+cfm.py learns it; ddpm.py computes it from its prediction. v yields predictions of the data,
 z + (1 - tau) v, and of the noise, z - tau v. This does not hold on cfm.py's curved paths, so ddim
 and dpm++ cannot be used there.
 
@@ -25,29 +25,29 @@ from pathlib import Path
 import torch
 
 # -----------------------------------------------------------------------------
-out_dir = "out/cfm"       # of the run whose ckpt.pt is used
-task = "draw"             # or interpolate: each row leads from one noise to another;
+out_dir = "out/cfm"       # folder of the run, with its ckpt.pt
+task = "draw"             # or interpolate: each row goes from one noise to another;
 #                           reconstruct: held-out pictures to noise and back;
 #                           likelihood: bits/dim of held-out pictures
-n_samples = 100           # pictures to draw, or held-out pictures to take
+n_samples = 100           # pictures to draw, or held-out pictures to use
 save = "auto"             # x.png: a grid; x.gif: a frame per evaluation; x.npz: arr_0, uint8
 #                           (N, H, W, C), and arr_1, labels (N,); x: a folder of PNGs;
 #                           auto: a grid in out_dir
-keep_noise = False        # in an .npz, also the noise (N, H, W, C) of each: pairs to train on
+keep_noise = False        # in an .npz, also each picture's noise (N, H, W, C): pairs to train on
 sampler = "auto"          # euler, midpoint, heun, rk4, dopri5, meanflow, ddim, dpm++ or ancestral;
 #                           auto: the run's own, but rk4 to reconstruct, dopri5 for a likelihood
-steps = 0                 # 0: as many as the run's grids have, but 20 to reconstruct and for cfm's
-#                           likelihood, and all for ddpm's, which fewer estimate; ancestral takes
-#                           all, dopri5 as many as it needs
-eta = 0.0                 # noise in a step of ddim: from 0, none, to 1, as ancestral with fixedsmall
+steps = 0                 # 0: the run's sample_steps; 20 for reconstruct and cfm's likelihood; all
+#                           for ddpm's likelihood, which fewer estimate. ancestral always takes all,
+#                           dopri5 as many as it needs
+eta = 0.0                 # noise in each step of ddim: 0 none, 1 as in ancestral with fixedsmall
 clip = True               # clip predicted data to [-1, 1]; with cfm, only ddim and dpm++ predict it
-atol = 1e-4               # the error that dopri5 allows in a step: absolute,
+atol = 1e-4               # dopri5's error tolerance per step: absolute,
 rtol = 1e-4               # and relative
-exact = False             # likelihood of cfm: exact, for tiny pictures; false: an estimate
+exact = False             # likelihood of cfm: exact divergence, for tiny pictures; false: estimated
 guidance = 1.0            # guidance scale: 0 unconditional, 1 conditional, above 1 stronger
-guidance_interval = (0.0, 1.0)  # where guidance acts, from 0, the noise, to 1, the data
+guidance_interval = (0.0, 1.0)  # times at which guidance acts: 0 is noise, 1 is data
 labels = ""               # the classes to draw, in turn: 3 or 3,1,4 or cat,dog; "": all of them
-dataset = ""              # where the run's data are now, if they have moved since
+dataset = ""              # where the run's data are, if they have moved
 data_dir = ""             # and where downloads are kept
 seed = 0                  # of the noise
 ema = True                # the averaged weights; false: the latest
@@ -66,7 +66,7 @@ LIMITS = {
 }
 
 
-# ---- samplers of any flow: v(tau, z), tau a number or (B,); z (B, *dim); taus a list of numbers ----
+# ---- samplers of any flow: v(tau, z), tau a number or (B,); z (B, *dim); taus a list ----
 
 def euler(v, z, taus):
     """Order 1."""
@@ -76,7 +76,7 @@ def euler(v, z, taus):
 
 
 def midpoint(v, z, taus):
-    """Order 2: the velocity half-way, where half a step of Euler's method leads."""
+    """Order 2: the velocity at the midpoint, which half an Euler step reaches."""
     for t, s in pairwise(taus):
         h = s - t
         z = z + h * v(t + h / 2, z + h / 2 * v(t, z))
@@ -87,8 +87,8 @@ def heun(v, z, taus):
     """
     Order 2: the mean of the velocities at both ends of a step.
 
-    As in Karras et al. 2022 (arXiv 2206.00364), algorithm 1, the last step to the data is one of
-    Euler's. Theirs would divide by zero there; our models are least accurate there.
+    As in Karras et al. 2022 (arXiv 2206.00364), algorithm 1, the last step to the data is an Euler
+    step. Theirs would divide by zero there; our models are least accurate there.
     """
     for t, s in pairwise(taus):
         now = v(t, z)
@@ -99,7 +99,7 @@ def heun(v, z, taus):
 
 
 def rk4(v, z, taus):
-    """Order 4, the classical one."""
+    """Order 4: the classical Runge-Kutta method."""
     for t, s in pairwise(taus):
         h = s - t
         k1 = v(t, z)
@@ -110,8 +110,8 @@ def rk4(v, z, taus):
     return z
 
 
-# Dormand & Prince 1980. Each stage: how far ahead it looks, and the weights of the stages before.
-# The last stage is the step itself, and the first of the next step.
+# Dormand & Prince 1980. Each stage: how far into the step, and the weights of the stages before it.
+# The last stage is at the end of the step, and is also the first stage of the next one.
 DOPRI5 = [
     (1/5, [1/5]),
     (3/10, [3/40, 9/40]),
@@ -120,14 +120,14 @@ DOPRI5 = [
     (1, [9017/3168, -355/33, 46732/5247, 49/176, -5103/18656]),
     (1, [35/384, 0, 500/1113, 125/192, -2187/6784, 11/84]),
 ]
-DOPRI5_ERROR = [71/57600, 0, -71/16695, 71/1920, -17253/339200, 22/525, -1/40]  # order 5 less 4
+DOPRI5_ERROR = [71/57600, 0, -71/16695, 71/1920, -17253/339200, 22/525, -1/40]  # order 5 minus 4
 
 
 def dopri5(v, z, taus, atol=1e-4, rtol=1e-4):
     """
-    Order 5, from the first of taus to the last in as many steps as the errors atol and rtol need.
+    Order 5, from the first of taus to the last, in as many steps as atol and rtol require.
 
-    Each picture has steps of its own length, so the others in the batch make no difference.
+    Each picture has its own step size, so the others in the batch make no difference. Raises
     FloatingPointError if no step is short enough.
     """
     start, end = taus[0], taus[-1]
@@ -152,16 +152,16 @@ def dopri5(v, z, taus, atol=1e-4, rtol=1e-4):
         first = torch.where(good, k[-1], first)
         h = h * (0.9 * error ** -0.2).clamp(0.2, 5).nan_to_num(0.2)
         if (h[t != end].abs() < 1e-6 * abs(end - start)).any():
-            raise FloatingPointError("dopri5 cannot go on: the model is not finite, "
+            raise FloatingPointError("dopri5 cannot continue: the velocity is not finite, "
                                      "or atol and rtol are too small")
     return z
 
 
 def meanflow(v, z, taus):
     """
-    Of mean velocities: from t to s in one evaluation, however far that is.
+    Follows mean velocities: from t to s in one evaluation, however far that is.
 
-    Geng et al. 2025 (arXiv 2505.13447), section 4.1. The model must have learned them: cfm.py --spans.
+    Geng et al. 2025 (arXiv 2505.13447), section 4.1. The model must be trained with --spans.
     """
     for t, s in pairwise(taus):
         z = z + (s - t) * v((t, s), z)
@@ -171,7 +171,7 @@ def meanflow(v, z, taus):
 # ---- samplers of straight paths ----
 
 def predictions(tau, z, v, clip):
-    """The data and the noise in z according to velocity v, (B, *dim); the noise fits clipped data."""
+    """The data and noise in z that velocity v implies, (B, *dim); the noise fits clipped data."""
     data = z + (1 - tau) * v
     data = data.clamp(-1, 1) if clip else data
     return data, (z - tau * data) / (1 - tau)
@@ -179,9 +179,9 @@ def predictions(tau, z, v, clip):
 
 def ddim(v, z, taus, clip=True, eta=0.0, randn=torch.randn_like):
     """
-    Song et al. 2020 (arXiv 2010.02502), eq. 12 and 16: mix predicted data and noise again.
+    Song et al. 2020 (arXiv 2010.02502), eq. 12 and 16: remix the predicted data and noise.
 
-    Without clipping this is Euler's method. eta renews a part of the noise, by draws randn(z).
+    Without clipping this is Euler's method. eta replaces part of the noise by fresh draws randn(z).
     """
     for t, s in pairwise(taus):
         data, noise = predictions(t, z, v(t, z), clip)
@@ -196,8 +196,8 @@ def dpm_solver(v, z, taus, clip=True):
     """
     DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095), algorithm 2.
 
-    As ddim, but with the predicted data extrapolated to the middle of the step, in a straight line
-    in lambda = log(tau / (1 - tau)). At both ends, where lambda is infinite, it is ddim.
+    Like ddim, but with the predicted data extrapolated to the middle of the step, linearly in
+    lambda = log(tau / (1 - tau)). At both ends, where lambda is infinite, it is ddim.
     """
     data_before, h_before = None, math.inf
     for t, s in pairwise(taus):
@@ -214,30 +214,31 @@ def dpm_solver(v, z, taus, clip=True):
 SAMPLERS = {"euler": euler, "midpoint": midpoint, "heun": heun, "rk4": rk4, "dopri5": dopri5,
             "meanflow": meanflow, "ddim": ddim, "dpm++": dpm_solver}
 STRAIGHT = ["ddim", "dpm++"]                                 # need predictions, so a straight path
-LOOK_AHEAD = ["midpoint", "heun", "rk4", "dopri5"]           # want steps of even length
+LOOK_AHEAD = ["midpoint", "heun", "rk4", "dopri5"]           # prefer evenly spaced times
 REVERSIBLE = ["euler", *LOOK_AHEAD]
 
 
 def check_sampler(sampler, method):
-    """ValueError if the sampler needs a straight path, or mean velocities, and the method has none."""
+    """ValueError if the sampler needs a straight path or mean velocities that the method lacks."""
     if sampler in STRAIGHT and not method.straight:
         raise ValueError(f"--sampler={sampler} is for straight paths, and this one is curved: "
-                         "add --sampler=euler")
+                         "use --sampler=euler")
     if sampler == "meanflow" and not getattr(method, "spans", 0):
-        raise ValueError("--sampler=meanflow needs a model of mean velocities: train one with --spans, "
-                         "as config/one_step.py does")
+        raise ValueError("--sampler=meanflow needs a model of mean velocities: train one with "
+                         "--spans, as config/one_step.py does")
 
 
 def times(method, sampler, steps=2):
-    """The method's times between which the sampler steps. dopri5 looks only at the first and last."""
-    return method.times(2 if sampler == "dopri5" else steps, even=sampler in [*LOOK_AHEAD, "meanflow"])
+    """The method's times between which the sampler steps. dopri5 uses only the first and last."""
+    steps = 2 if sampler == "dopri5" else steps
+    return method.times(steps, even=sampler in [*LOOK_AHEAD, "meanflow"])
 
 
 def flow(method, y=None, guidance=1.0, clip=False, interval=(0.0, 1.0), watch=None):
     """
     The method's velocity as a function v(tau, z), for labels y (B,) or None.
 
-    tau is a number or (B,), or for a mean velocity a pair of numbers, the two ends of a span.
+    tau is a number or (B,), or, for a mean velocity, a pair of numbers: the ends of a span.
 
     Guidance acts where tau is in the interval (Kynkaanniemi et al. 2024, arXiv 2404.07724).
     watch(tau, z), if given, is called at each evaluation.
@@ -263,12 +264,12 @@ def draw(method, noise, y=None, sampler="dpm++", steps=5, guidance=1.0, clip=Tru
     """
     Pictures (B, *dim), in about [-1, 1], from noise (B, *dim) and labels y (B,) or None.
 
-    A step of midpoint and heun takes 2 evaluations of the model, of rk4 4, of dopri5 6, of the others
-    1. options are the sampler's own: eta, randn, atol, rtol. ValueError if the sampler does not fit.
+    Model evaluations per step: 2 for midpoint and heun, 4 for rk4, 6 for dopri5, 1 for the others.
+    options are the sampler's own: eta, randn, atol, rtol. ValueError if it does not fit.
     """
     check_sampler(sampler, method)
     if tuple(interval) != (0, 1) and sampler in ("ancestral", "dopri5"):
-        raise ValueError(f"an interval of guidance does not go with {sampler}")
+        raise ValueError(f"a guidance interval does not go with {sampler}")
     if sampler == "ancestral":
         return method.sample(noise, y, guidance=guidance, clip=clip, **options)
     if sampler in STRAIGHT:
@@ -282,13 +283,13 @@ def draw(method, noise, y=None, sampler="dpm++", steps=5, guidance=1.0, clip=Tru
 @torch.no_grad()
 def encode(method, x, y=None, sampler="rk4", steps=20, **options):
     """The noise from which draw() makes the pictures x (B, *dim): the flow run backwards."""
-    v, latest = flow(method, y), method.times(2, even=True)[-1]         # a time that the model knows
+    v, latest = flow(method, y), method.times(2, even=True)[-1]         # the last the model knows
     taus = [tau for tau in times(method, sampler, steps) if tau <= latest][::-1]
     z = x - (1 - taus[0]) * v(taus[0], x) if taus[0] < 1 else x
     return SAMPLERS[sampler](v, z, taus, **options) / math.hypot(taus[-1], 1 - taus[-1])
 
 
-# ---- likelihoods: here for both methods, as both measure one thing, and training needs neither ----
+# ---- likelihoods: for both methods, as they measure the same thing and training needs neither ----
 
 @torch.no_grad()
 def bound(method, x0, y=None, randn=torch.randn_like, steps=None, u=None):
@@ -298,8 +299,8 @@ def bound(method, x0, y=None, randn=torch.randn_like, steps=None, u=None):
     They are L_T, what is left of x0 at the end; the sum over t of KL(q(x_{t-1} | x_t, x_0) ||
     p(x_{t-1} | x_t)), each at a draw of x_t; and L_0, the discretised decoder of section 3.3.
     x0 (B, *dim) has 256 levels from -1 to 1. It takes T evaluations of the model, or steps of them,
-    from 2 to T, else ValueError. Then one t from each of steps - 1 stretches stands for all in it,
-    an estimate without bias; u (B,) in [0, 1) places it there, and is drawn unless given.
+    from 2 to T, else ValueError. Then the estimate is unbiased, from one t in each of steps - 1
+    strata: u (B,) in [0, 1) is its position there, drawn unless given.
     """
     def column(table, t):
         return table[t].reshape(-1, *[1] * (x0.dim() - 1))
@@ -314,7 +315,7 @@ def bound(method, x0, y=None, randn=torch.randn_like, steps=None, u=None):
     n = last if steps is None else steps - 1
     if not 1 <= n <= last:
         raise ValueError(f"the bound takes from 2 to {last + 1} steps, not {steps}")
-    if u is None:                                            # of all terms there is nothing to draw
+    if u is None:                                            # with every t summed, u plays no part
         u = start if n == last else torch.rand(len(x0), device=x0.device)
     mean, var = method.q_xt_x0(x0, start + last)
     prior = (mean.square() + var - 1 - var.log()) / 2
@@ -336,9 +337,9 @@ def bound(method, x0, y=None, randn=torch.randn_like, steps=None, u=None):
 
 def decoder_nats(x0, mean, var):
     """
-    L_0 for each entry of x0 (B, *dim): -log of the share of N(mean, var) at its grey level.
+    L_0 for each entry of x0 (B, *dim): -log of the mass of N(mean, var) on its grey level.
 
-    That lies between the edges of the level, which for black and white are infinite: Ho et al., eq. 13.
+    A level has two edges. The outer edges of black and white are infinite: Ho et al., eq. 13.
     """
     x0, mean, std = (v.cpu().double() for v in (x0, mean, var.sqrt()))
     low = ((x0 - 1 / 255 - mean) / std).masked_fill(x0 < -0.999, -math.inf)
@@ -354,14 +355,14 @@ def log_likelihood(method, x, y=None, sampler="dopri5", steps=20, probe=None, **
     log p(x) in nats, (B,), of pictures x (B, *dim) under cfm.py's flow from N(0, I).
 
     Along the flow, d log p / dtau = -div v (Chen et al. 2018, arXiv 1806.07366, theorem 1). Without
-    a probe the divergence is exact, at the cost of a gradient for each entry of x. With a probe like
-    x, of entries 1 and -1, it is Hutchinson's estimate probe . (dv / dz probe), with the same probe
-    all along (Grathwohl et al. 2018, arXiv 1810.01367, section 3.1). ValueError for a flow that ends
-    short of the data, as ddpm.py's does: it has a bound().
+    a probe the divergence is exact, at the cost of a backward pass for each entry of x. A probe is
+    shaped like x, with entries 1 and -1, and gives Hutchinson's estimate probe . (dv / dz probe),
+    the same probe all along (Grathwohl et al. 2018, arXiv 1810.01367, section 3.1). Raises
+    ValueError for a flow that ends short of the data, as ddpm.py's does: use bound() there.
     """
     v, taus = flow(method, y), times(method, sampler, steps)[::-1]
     if (taus[-1], taus[0]) != (0, 1):
-        raise ValueError("the flow must go from tau = 0 to tau = 1; a DenoiseDiffusion has its bound()")
+        raise ValueError("the flow must go from tau = 0 to 1; for a DenoiseDiffusion use bound()")
 
     def with_divergence(tau, state):                         # (B, 1 + D): the divergence, then z
         with torch.enable_grad():
@@ -383,29 +384,29 @@ def log_likelihood(method, x, y=None, sampler="dopri5", steps=20, probe=None, **
     return -(noise.square() + math.log(2 * math.pi)).sum(1) / 2 + state[:, 0]
 
 
-def slerp(a, b, share):
-    """A point on the arc from noise a to noise b. One on the chord would be too short for noise."""
+def slerp(a, b, t):
+    """A point on the arc from noise a to noise b. Noise on the chord would be too short."""
     cosine = torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0)
     angle = torch.acos(cosine)
-    return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
+    return (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
 
 
 # ---- the command ----
 
 def load_model(checkpoint, path):
-    """The UNet of the checkpoint at path, with its averaged weights or the latest; calls fail()."""
+    """The checkpoint's UNet, with averaged or latest weights; calls fail() if it does not fit."""
     from configurator import explained, fail
     from unet import UNet
 
     if not ema and not checkpoint["model"]:
-        fail(f"{path} holds the averaged weights only")
-    with explained(f"{path} is of another version of this program: "):
+        fail(f"{path} holds only the averaged weights")
+    with explained(f"{path} is from another version of this program: "):
         model = UNet(**checkpoint["model_args"]).eval().requires_grad_(False)
         model = model.to(memory_format=torch.channels_last)
         model.load_state_dict(checkpoint["ema" if ema else "model"])
         args, names = checkpoint["model_args"], checkpoint["data"]["classes"]
         if args["num_classes"] != len(names) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"{args['num_classes']} classes, of these names: {names}")
+            raise ValueError(f"{args['num_classes']} classes, but these names: {names}")
         C, H, W = checkpoint["picture_shape"]
         if C != args["in_channels"] or min(H, W) < 1:
             raise ValueError(f"pictures of {C, H, W}")
@@ -427,8 +428,8 @@ def load_held_out(config, checkpoint):
         data = load_data(where, data_dir or config["data_dir"], *as_in_training)
     changed = data.differences(checkpoint["data"])
     if changed:
-        fail(f"--dataset={where} is not what the run was trained on ({changed}): "
-             "give the path to that")
+        fail(f"--dataset={where} is not the data that the run was trained on ({changed}): "
+             "give the path to those")
     x, y = data.held_out
     if n_samples > len(x):
         fail(f"--n_samples={n_samples}: only {len(x)} pictures are held out")
@@ -436,18 +437,18 @@ def load_held_out(config, checkpoint):
 
 
 def wanted_classes(classes):
-    """The numbers of the classes that --labels names, or of all; calls fail() for one unknown."""
+    """Indices of the classes that --labels names, or of all; calls fail() for an unknown one."""
     from configurator import fail
 
     def key(name):
-        return unicodedata.normalize("NFC", name.strip())    # macOS writes accents apart
+        return unicodedata.normalize("NFC", name.strip())    # macOS decomposes accents
 
     number = {key(name): i for i, name in enumerate(classes)}
     if not any(name.isdecimal() for name in classes):        # then a number may stand for a name
         number = {str(i): i for i in range(len(classes))} | number
     if not labels.strip(" ,"):
         return list(range(len(classes)))
-    if key(labels) in number:                                # also one with a comma
+    if key(labels) in number:                                # a name may contain a comma
         return [number[key(labels)]]
     names = [key(name) for name in labels.split(",") if name.strip()]
     for name in names:
@@ -455,27 +456,27 @@ def wanted_classes(classes):
             known = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "") or "none"
             if len(classes) > 1 and classes == [str(i) for i in range(len(classes))]:
                 known = f"0 to {len(classes) - 1}"
-            fail(f"--labels: there is no {name}, the model has {known}")
+            fail(f"--labels: there is no class {name}, the model has {known}")
     return [number[name] for name in names]
 
 
 def check_request(config, is_ddpm, num_classes, auto, paired=False):
-    """Calls fail() where options, which are globals, do not fit each other or the run's config."""
+    """Calls fail() if options, which are globals, do not fit each other or the run's config."""
     from configurator import fail
 
     adds_noise = sampler == "ancestral" or eta
     real = task in ("reconstruct", "likelihood")
     by_bound = task == "likelihood" and is_ddpm
     if by_bound and not auto:
-        fail("--task=likelihood of ddpm is the bound: leave out --sampler")
+        fail("--task=likelihood of ddpm computes the bound: drop --sampler")
     if by_bound and steps == 1:
         fail("--steps=1: the bound needs at least 2")
     if by_bound and not clip:
-        fail("--clip=false: the bound is that of clipped predictions")
+        fail("--clip=false: the bound uses clipped predictions")
     if task == "interpolate" and adds_noise:
         fail("--task=interpolate needs a sampler that adds no noise: add --sampler=ddim --eta=0")
     if real and sampler not in REVERSIBLE:
-        fail(f"--sampler={sampler} cannot be run backwards, choose {' or '.join(REVERSIBLE)}")
+        fail(f"--sampler={sampler} cannot be run backwards: choose {' or '.join(REVERSIBLE)}")
     if sampler == "ancestral" and steps not in (0, config["n_steps"]):
         fail(f"--steps={steps}: ancestral sampling takes all {config['n_steps']} steps, "
              "--sampler=ddim any number")
@@ -493,7 +494,7 @@ def check_request(config, is_ddpm, num_classes, auto, paired=False):
     if keep_noise and (task != "draw" or Path(save).suffix != ".npz" or adds_noise):
         fail("--keep_noise goes with --save=x.npz and a sampler that adds no noise of its own")
     if paired and adds_noise:
-        fail("the run learned from pairs, so new noise does not go with it: leave out "
+        fail("the run was trained on pairs, so fresh noise does not go with it: drop "
              "--sampler=ancestral and --eta")
     if exact and (task != "likelihood" or is_ddpm):
         fail("--exact goes with --task=likelihood of cfm")
@@ -502,26 +503,26 @@ def check_request(config, is_ddpm, num_classes, auto, paired=False):
     if labels and real:
         fail(f"--labels: --task={task} takes the held-out pictures' own labels")
     if guidance != 1 and real:
-        fail(f"--guidance={guidance}: the flow is that of the model as it is")
+        fail(f"--guidance={guidance}: --task={task} uses the model without guidance")
     if guidance != 1 and not num_classes:
         fail(f"--guidance={guidance}: the model was trained without labels, "
-             "so it has nothing to be guided by")
+             "so it cannot be guided")
     if guidance != 1 and not config["label_dropout"]:
         fail(f"--guidance={guidance}: the model was trained with --label_dropout=0, "
-             "so it knows no picture without a label to guide with")
+             "so it has not learned the unconditional model that guidance needs")
     if len(guidance_interval) != 2 or guidance_interval[0] > guidance_interval[1]:
         fail(f"--guidance_interval={guidance_interval}: must be two times, such as 0.2,0.8")
     if guidance_interval != (0, 1) and (guidance == 1 or sampler in ("dopri5", "ancestral")):
         fail("--guidance_interval goes with a --guidance, but not with dopri5 or ancestral")
     if Path(save).suffix == ".gif" and (task != "draw" or sampler in ("dopri5", "ancestral")):
-        fail(f"--save={save}: a .gif has a frame per evaluation, so it goes with --task=draw and not "
-             "with dopri5 or ancestral sampling")
+        fail(f"--save={save}: a .gif has a frame per evaluation, so it goes with --task=draw and "
+             "not with dopri5 or ancestral sampling")
 
 
 def bits_per_dim(method, x, y, draws, by_bound, options):
-    """A bound on the bits/dim of pictures x (B, C, H, W), of levels 0 to 255, in terms: (terms, B)."""
+    """The terms (terms, B) of a bound on bits/dim, for x (B, C, H, W) of levels 0 to 255."""
     if by_bound:
-        u = draws.rand().flatten(1)[:, 0] if steps < method.n_steps else None   # one for each picture
+        u = draws.rand().flatten(1)[:, 0] if steps < method.n_steps else None   # per picture
         return torch.stack(bound(method, x / 127.5 - 1, y, draws.randn, steps, u))
     # Dequantisation: with u uniform over the width of a level, 1 / 127.5, log P(level) is at least
     # E log p(x + u) - D log(127.5).
@@ -532,7 +533,7 @@ def bits_per_dim(method, x, y, draws, by_bound, options):
 
 
 class Draws:
-    """Random numbers for each picture from a generator of its own, so that batches do not matter."""
+    """Random numbers, from one generator per picture, so that the batch size does not matter."""
 
     def __init__(self, numbers, shape, device):
         self.numbers, self.shape, self.device = numbers, shape, device
@@ -549,7 +550,7 @@ class Draws:
         return torch.stack(draws).to(self.device)
 
     def between(self):
-        """Noise (B, *shape) that leads, in ten pictures each, from one noise to another."""
+        """Noise (B, *shape) that goes from one noise to another in every ten pictures."""
         noise = []
         for n in self.numbers:
             ends = [torch.Generator().manual_seed(hash((seed, n // 10, end))) for end in (0, 1)]
@@ -572,7 +573,7 @@ if __name__ == "__main__":
     ckpt_path = Path(out_dir, "ckpt.pt")
     checkpoint = load_checkpoint(ckpt_path)
     if checkpoint["method"] not in ("ddpm", "cfm"):
-        fail(f"{ckpt_path} is of another method: {checkpoint['method']}")
+        fail(f"{ckpt_path} is from another method: {checkpoint['method']}")
     is_ddpm = checkpoint["method"] == "ddpm"
     script = importlib.import_module(checkpoint["method"])
     config = Options(vars(script), TRAINING | script.LIMITS).restored(checkpoint["config"])
@@ -580,12 +581,12 @@ if __name__ == "__main__":
     classes = checkpoint["data"]["classes"]
     C, H, W = checkpoint["picture_shape"]
 
-    # what is asked for, and whether it can be had
+    # the request, and whether it can be met
     auto, real = sampler == "auto", task in ("reconstruct", "likelihood")
     if auto:
         sampler = {"reconstruct": "rk4", "likelihood": "dopri5"}.get(task, config["sampler"])
     if sampler not in script.LIMITS["sampler"]:
-        fail(f"--sampler={sampler} is not for {script.METHOD}, "
+        fail(f"--sampler={sampler} is not for {script.METHOD}: "
              f"choose {' or '.join(script.LIMITS['sampler'])}")
     by_bound = task == "likelihood" and is_ddpm
     check_request(config, is_ddpm, len(classes), auto, checkpoint["data"].get("pairs"))
@@ -618,7 +619,7 @@ if __name__ == "__main__":
     evaluations, reported = 0, time.monotonic()
 
     def count(*_):
-        """Is called at each evaluation of the model."""
+        """Called at each evaluation of the model."""
         global evaluations, reported
         evaluations += 1
         if time.monotonic() - reported > 10:
@@ -649,19 +650,19 @@ if __name__ == "__main__":
             options["randn"] = draws.randn
         if sampler == "ddim":
             options["eta"] = eta
-        with explained(kind=FloatingPointError):             # dopri5 that cannot go on
+        with explained(kind=FloatingPointError):             # dopri5 may fail
             if task == "likelihood":
                 bits.append(bits_per_dim(method, x, label, draws, by_bound, options))
             else:
                 noise = draws.between() if task == "interpolate" else draws.randn()
                 if real:
                     noise = encode(method, x / 127.5 - 1, label, sampler, steps, **options)
-                way = []
-                watch = (lambda tau, z: way.append(z.cpu())) if save.suffix == ".gif" else None
+                seen = []
+                watch = (lambda tau, z: seen.append(z.cpu())) if save.suffix == ".gif" else None
                 x = draw(method, noise, label, sampler, steps, guidance, clip and not real,
                          guidance_interval, watch, **options)
                 if watch:
-                    frames.append([*way, x.cpu()])
+                    frames.append([*seen, x.cpu()])
                 pictures[i:i + batch_size] = to_bytes(x)
                 if keep_noise:
                     noises[i:i + batch_size] = noise.permute(0, 2, 3, 1).cpu()
@@ -687,16 +688,16 @@ if __name__ == "__main__":
         bits = bits.sum(0)
         mean, of = f"{bits.mean():.4f}", f"of {n_samples} held-out pictures"
         if n_samples > 1:
-            mean, of = f"{mean} +- {bits.std() / math.sqrt(n_samples):.4f}", f"{of}, and its error"
+            mean, of = f"{mean} +- {bits.std() / math.sqrt(n_samples):.4f}", f"{of} +- std. error"
         about = "about" if by_bound and steps < config["n_steps"] else "at most"
-        say(f"{about} {mean} bits/dim (mean {of}){', of ' + ' + '.join(terms) if by_bound else ''}; "
-            f"{took}")
+        say(f"{about} {mean} bits/dim (mean {of})"
+            f"{', of ' + ' + '.join(terms) if by_bound else ''}; {took}")
         raise SystemExit(code)
     if task == "reconstruct":
         gap = pictures - x_val[:n_samples].permute(0, 2, 3, 1).numpy().astype(float)
-        say(f"restored to {np.sqrt((gap**2).mean()):.3f} of 255 grey levels (rms), "
+        say(f"reconstructed to {np.sqrt((gap**2).mean()):.3f} of 255 grey levels (rms), "
             f"{abs(gap).max():.0f} at worst")
-    if save.suffix:                                          # else they are there already
+    if save.suffix:                                          # a folder has them already
         arrays = labels_to_save(classes, y) | ({"noise": noises[:n_samples]} if keep_noise else {})
         with explained(f"--save={save}: ", OSError):
             save_pictures(save, pictures, frames, arrays)

@@ -248,7 +248,7 @@ def test_interpolation_is_between_two_noises_and_reconstruction_restores(trained
     (cwd / "x.npz").unlink()
     restore = [f"--out_dir=out/{script}", "--task=reconstruct", "--n_samples=30"]
     out = sample(*restore, "--batch_size=20", cwd=cwd)
-    assert "rk4, 20 steps" in out and float(out.split("restored to ")[1].split()[0]) < 1
+    assert "rk4, 20 steps" in out and float(out.split("reconstructed to ")[1].split()[0]) < 1
     # there and back, ddpm's outermost step being a single one
     assert f" {2 * 20 * 4 if script == 'cfm' else 2 * (19 * 4 + 1)} evaluations" in out
     assert (cwd / "out" / script / "reconstruct.png").exists()
@@ -519,7 +519,7 @@ def test_one_file_copied_into_another_project_works(tmp_path):
         (
             "cfm",
             ["--path=vp", "--sampler=dpm++"],
-            "--sampler=dpm++ is for straight paths, and this one is curved: add --sampler=euler",
+            "--sampler=dpm++ is for straight paths, and this one is curved: use --sampler=euler",
         ),
         ("ddpm", ["--prediction=score"], "expected eps, x0, v, not 'score'"),
         ("ddpm", ["--n_steps=1"], "--n_steps: 1 is not between 2"),

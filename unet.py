@@ -1,16 +1,16 @@
 """
 A small UNet for diffusion models: model(t, x, y) -> a tensor like x.
 
-Shapes, once and for all:  B pictures, C channels of H x W pixels.
+Shapes, used throughout:  B pictures, C channels of H x W pixels.
     t  (B,)          float, the time: from 0 to 1; or a span of time, (B, 2)
     x  (B, C, H, W)  float, any H and W
     y  (B,)          long: a class in [0, num_classes), or -1 for no label
 
-It is the UNet of Ho et al. 2020 (arXiv 2006.11239, appendix B): residual blocks at a few resolutions
-on the way down and on the way up. Each block on the way up also gets the output of its counterpart.
-At their size it has as many parameters as theirs; its norms have 8 groups, and its attention heads
-64 channels. Two changes make it cheap: pixels may be folded into channels first (patch), and a
-convolution comes before an upsampling, not after it. The optimizer Muon follows below.
+It is the UNet of Ho et al. 2020 (arXiv 2006.11239, appendix B): residual blocks at several
+resolutions, down and up again. Each block on the way up also gets the output of its counterpart.
+At their size it has as many parameters as theirs, but norms have 8 groups, and attention heads 64
+channels. Two changes make it cheap: pixels may be folded into channels first (patch), and
+convolutions come before upsampling, not after it. Muon, the optimizer, is at the end.
 """
 import math
 from collections import defaultdict
@@ -29,12 +29,12 @@ class Norm(nn.GroupNorm):
         super().__init__(math.gcd(8, channels), channels)
 
     def forward(self, x):
-        # not F.group_norm(), which refuses a single value in a group: pictures may be of any size
+        # not F.group_norm(), which rejects groups of one value: pictures may be of any size
         return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
 def zero_init(layer):
-    """Zero the layer's parameters: what it is added to passes unchanged when training starts."""
+    """Zero the layer's parameters, so that it adds nothing when training starts."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
@@ -42,10 +42,10 @@ def zero_init(layer):
 
 def time_embedding(t, dim, highest=1000, max_period=10_000):
     """
-    Cosines and sines of t at frequencies from highest down to highest / max_period: (B,) -> (B, dim).
+    Cosines and sines of t, at frequencies from highest to highest / max_period: (B,) -> (B, dim)
 
-    dim is even. The usual frequencies are meant for t = 1 ... 1000: without that factor, all t in
-    [0, 1] look alike.
+    dim is even. The usual frequencies are meant for t = 1 ... 1000: without the factor of highest,
+    all t in [0, 1] would look alike.
     """
     i = torch.arange(dim // 2, device=t.device)
     frequency = torch.exp(-math.log(max_period) * i / (dim // 2))
@@ -68,7 +68,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x, emb):
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.shift(emb)[:, :, None, None]               # time and class act here
+        h = h + self.shift(emb)[:, :, None, None]               # time and class enter here
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return self.skip(x) + h
 
@@ -95,7 +95,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.ModuleList):
-    """A residual block, and attention if it attends: (B, c_in, h, w) -> (B, c_out, h, w)"""
+    """A residual block, then attention if attends: (B, c_in, h, w) -> (B, c_out, h, w)"""
 
     def __init__(self, c_in, c_out, emb, dropout, attends):
         super().__init__([
@@ -111,17 +111,17 @@ class Block(nn.ModuleList):
 class UNet(nn.Module):
     """
     in_channels       C
-    channels          width of the first level, even; level i has channels * channel_mults[i]
-    channel_mults     one entry a level; level i works at H / patch / 2^i by W / patch / 2^i
-    n_res_blocks      blocks a level on the way down; on the way up it is one more
-    attention_levels  levels whose blocks attend, from 0; the number after the last is the middle
+    channels          base width, even; level i has channels * channel_mults[i]
+    channel_mults     one entry per level; level i works at H / patch / 2^i by W / patch / 2^i
+    n_res_blocks      blocks per level on the way down; one more on the way up
+    attention_levels  levels with attention, from 0; the number after the last is the middle
     dropout           in [0, 1], inside the residual blocks
     patch             patch x patch pixels are folded into channels: 2 works at half resolution
     num_classes       0 for a model without labels
-    spans             whether t may also be a span of time from t[:, 0] to t[:, 1]; then the model
-                      is smooth in time, so that it can be differentiated
+    spans             whether t may be a span of time, from t[:, 0] to t[:, 1]; then the time
+                      embedding is smooth enough to differentiate
 
-    Raises ValueError where channels is odd or attention_levels names a level that does not exist.
+    Raises ValueError if channels is odd or attention_levels names a level that does not exist.
     """
 
     def __init__(self, in_channels=1, channels=24, channel_mults=(1, 2), n_res_blocks=1,
@@ -149,7 +149,7 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(in_channels * patch**2, channels, 3, padding=1)
 
         c = channels                                            # the width so far
-        skips = [c]                                             # widths that the way up will get
+        skips = [c]                                             # widths of the skip connections
         self.down = nn.ModuleList()
         self.shrink = nn.ModuleList()
         self.up = nn.ModuleList()
@@ -188,7 +188,8 @@ class UNet(nn.Module):
             emb = self.time(time_embedding(t, self.channels).to(dtype))             # (B, emb)
         else:
             t, s = t.unbind(1) if t.dim() == 2 else (t, t)
-            of_t, of_span = [time_embedding(v, self.channels, 30, 300).to(dtype) for v in (t, s - t)]
+            of_t, of_span = [time_embedding(v, self.channels, 30, 300).to(dtype)
+                             for v in (t, s - t)]
             emb = self.time(of_t) + self.span(of_span)
         if self.label is not None:
             if y is None:
@@ -225,9 +226,9 @@ class UNet(nn.Module):
 
 def newton_schulz(g, steps=5):
     """
-    About the nearest matrices to g (n, rows, columns) whose singular values are all 1.
+    Approximately the nearest matrices to g (n, rows, columns) with all singular values 1.
 
-    Jordan's coefficients raise small singular values fast, and bring all to between 0.7 and 1.2.
+    Jordan's coefficients raise small singular values fast, and bring all between 0.7 and 1.2.
     """
     x = g if g.shape[1] <= g.shape[2] else g.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -239,7 +240,7 @@ def newton_schulz(g, steps=5):
 
 
 def orthogonalize(kernels):
-    """newton_schulz() of kernels [(c_out, c_in, h, w)] as matrices (c_out, the rest), and back."""
+    """newton_schulz() of kernels [(c_out, c_in, h, w)], each as a matrix (c_out, the rest)."""
     shapes = defaultdict(list)
     for i, kernel in enumerate(kernels):
         shapes[kernel.shape].append(i)
@@ -253,11 +254,11 @@ def orthogonalize(kernels):
 
 def orthogonalize_at_once(kernels):
     """
-    The same in one batch, padded with zeros, which stay zeros.
+    The same in one zero-padded batch; the padding stays zero.
 
-    For a GPU: with many small kernels, launches take longer there than arithmetic.
+    For GPUs, where launching many small operations takes longer than their arithmetic.
     """
-    last = [kernel.permute(0, 2, 3, 1) for kernel in kernels]   # as they lie in memory, channels last
+    last = [kernel.permute(0, 2, 3, 1) for kernel in kernels]   # as stored: channels last
     flat = torch.cat([kernel.flatten() for kernel in last])
     place, shape = padded_layout(tuple((len(k), k[0].numel()) for k in last), flat.device)
     padded = flat.new_zeros(math.prod(shape))
@@ -270,7 +271,7 @@ def orthogonalize_at_once(kernels):
 @lru_cache(maxsize=4)
 def padded_layout(shapes, device):
     """
-    Where the entries of matrices of these shapes go in one padded batch, as flat indices; its shape.
+    Flat indices of the entries of matrices of these shapes in one padded batch, and its shape.
 
     The batch is (n, rows, columns), large enough for each; tall matrices are transposed.
     """
@@ -286,11 +287,10 @@ class Muon(torch.optim.Optimizer):
     """
     Steps of the same length in all directions: Jordan et al. 2024, "Muon".
 
-    The momentum of a convolution's kernel is taken as a matrix (c_out, the rest), and its singular
-    values are replaced by about 1. Steps are as large as AdamW's usual ones (Liu et al. 2025, arXiv
-    2502.16982, eq. 4), so one learning rate serves both: everything else goes by AdamW.
-    torch.optim.Muon takes one matrix at a time; those of one shape together take a quarter of the
-    time on a CPU.
+    The momentum of a convolution kernel is taken as a matrix (c_out, the rest). Its singular values
+    become about 1. Steps are scaled to AdamW's usual size (Liu et al. 2025, arXiv 2502.16982,
+    eq. 4), so one learning rate serves both. All other parameters use AdamW. torch.optim.Muon takes
+    one matrix at a time; batching those of one shape takes a quarter of the time on a CPU.
     """
 
     def __init__(self, params, lr=4e-3, betas=(0.9, 0.99), momentum=0.95, weight_decay=0.01):
@@ -299,9 +299,9 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, group):
-        """Kernels of convolutions become a group of their own. Called by __init__(), too."""
+        """Put convolution kernels in a group of their own. __init__() calls this, too."""
         def is_kernel(p):
-            return (p[1] if isinstance(p, tuple) else p).dim() == 4     # or a name and p
+            return (p[1] if isinstance(p, tuple) else p).dim() == 4     # p may be a (name, p) pair
 
         params = group["params"]
         params = [params] if torch.is_tensor(params) else list(params)
@@ -333,7 +333,7 @@ class Muon(torch.optim.Optimizer):
         grads = [p.grad for p in params]
         means = [self.state[p]["mean"] for p in params]
         torch._foreach_lerp_(means, grads, 1 - momentum)
-        ahead = torch._foreach_lerp(grads, means, momentum)     # Nesterov's
+        ahead = torch._foreach_lerp(grads, means, momentum)     # Nesterov momentum
         directions = (orthogonalize_at_once if params[0].is_cuda else orthogonalize)(ahead)
         sizes = [0.2 * math.sqrt(max(len(p), p[0].numel())) for p in params]
         torch._foreach_mul_(directions, sizes)

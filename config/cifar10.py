@@ -1,8 +1,8 @@
 """
-CIFAR-10 with the UNet of Ho et al. 2020, 35.7M parameters, plain Adam and a long average. For a GPU:
+CIFAR-10 with the UNet of Ho et al. 2020, 35.7M parameters, plain Adam and a long average, on a GPU:
     python cfm.py config/cifar10.py
-    python ddpm.py config/cifar10.py --prediction=eps --schedule=linear --out_dir=out/cifar10-ddpm  # Ho et al.
-Its result has not been measured here.
+    python ddpm.py config/cifar10.py --prediction=eps --schedule=linear --out_dir=out/cifar10-ddpm
+The second is Ho et al.'s. Results have not been measured here.
 """
 dataset = "cifar10"
 out_dir = "out/cifar10"
@@ -23,8 +23,8 @@ warmup_iters = 5000
 decay_lr = False
 weight_decay = 0.0
 ema_decay = 0.9999
-t_uniform = 1.0                  # as there; the default was found on MNIST
-sampler = "ddim"                 # and so was dpm++, for five steps
+t_uniform = 1.0                  # as in the papers; the default was tuned on MNIST
+sampler = "ddim"                 # as was dpm++, for five steps
 sample_steps = 50
 log_interval = 500
 eval_interval = 10_000

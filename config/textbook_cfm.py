@@ -1,11 +1,11 @@
 """
-Flow matching as in the papers, at the size of MNIST: five epochs at uniform times, plain Adam.
+Flow matching as in the papers, scaled to MNIST: five epochs at uniform times, plain Adam.
     python cfm.py config/textbook_cfm.py
 """
 out_dir = "out/textbook-cfm"
 path = "icfm"
 t_mean = 0.0
-t_uniform = 1.0          # every t alike
+t_uniform = 1.0          # all t equally likely
 sampler = "euler"
 sample_steps = 100
 muon = False

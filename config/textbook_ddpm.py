@@ -1,11 +1,11 @@
 """
-DDPM as in the paper, at the size of MNIST: five epochs of noise prediction, plain Adam.
+DDPM as in the paper, scaled to MNIST: five epochs of noise prediction, plain Adam.
     python ddpm.py config/textbook_ddpm.py
 """
 out_dir = "out/textbook-ddpm"
 prediction = "eps"
 schedule = "linear"
-t_uniform = 1.0          # Algorithm 1: every t alike
+t_uniform = 1.0          # Algorithm 1: all t equally likely
 sampler = "ancestral"    # Algorithm 2: all 1000 steps
 muon = False
 adam_beta2 = 0.999

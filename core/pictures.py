@@ -1,5 +1,5 @@
 """
-A folder of pictures: found, decoded on all cores, kept in one file for the next time, and split.
+A folder of pictures: found, decoded on all cores, cached in one file, and split.
 
 Pictures are uint8 (N, C, H, W), labels are int64 (N,), the number of a class or -1 for none.
 """
@@ -36,13 +36,13 @@ class Data:
         self.noise = None, None          # that the pictures of each part are paired with, if any
 
     def summary(self):
-        """What a checkpoint remembers of it: plain values."""
+        """What a checkpoint records about the data: plain values."""
         return {"pictures": len(self.train[0]) + len(self.held_out[0]),
                 "shape": tuple(self.train[0].shape[1:]), "pairs": self.noise[0] is not None,
                 "classes": list(self.classes), "checksum": self.checksum}
 
     def differences(self, before):
-        """In words, what distinguishes it from the data with the summary before; "" for nothing."""
+        """In words, how the data differ from those with the summary before; "" if they do not."""
         now, found = self.summary(), []
         for name in ("pictures", "shape"):
             if now[name] != before.get(name):
@@ -51,19 +51,19 @@ class Data:
         if now["classes"] != classes:
             gone = ", ".join(c for c in classes if c not in self.classes) or "none"
             new = ", ".join(c for c in self.classes if c not in classes) or "none"
-            found.append(f"classes that are gone: {gone}, that are new: {new}")
+            found.append(f"classes missing: {gone}, new: {new}")
         if not found and now["checksum"] != before.get("checksum"):
-            found.append("as many pictures, but not the same, or other labels or noise")
+            found.append("as many pictures, but other pictures, labels or noise")
         return "; ".join(found)
 
     def describe(self):
-        """A line with its size, and if it has classes, another one with those."""
+        """A line with its size, and another one with its classes, if any."""
         x, _ = self.train
         line = f"{len(x)} pictures of {tuple(x.shape[1:])}, {len(self.classes)} classes"
         return f"{line}\nclasses: {self.counts()}" if self.classes else line
 
     def counts(self):
-        """A line with the number of pictures to train on, of each class."""
+        """A line with the number of training pictures of each class."""
         y = self.train[1]
         counts = y[y >= 0].bincount(minlength=len(self.classes)).tolist()
         line = ", ".join(f"{name}: {n}" for name, n in list(zip(self.classes, counts))[:20])
@@ -72,7 +72,7 @@ class Data:
 
 class Splitter:
     """
-    Pictures to train on fill an array for n of them from the front, held-out ones from the back.
+    Training pictures fill an array for n of them from the front, held-out ones from the back.
     A picture's own checksum decides, so that adding or removing others never moves it.
     """
 
@@ -100,9 +100,9 @@ class Splitter:
 
 
 def split(x, labels, n_train, classes, checksum):
-    """The Data of pictures x, of which the first n_train are to train on."""
+    """The Data of pictures x, the first n_train of which are to train on."""
     if len(x) < 10 or n_train in (0, len(x)):
-        say("too few pictures to hold any out: evaluating on those that are trained on")
+        say("too few pictures to hold any out: evaluating on the training pictures")
         train = held_out = slice(None)
     else:
         train, held_out = slice(n_train), slice(n_train, None)
@@ -120,44 +120,44 @@ def natural(name):
 def find_pictures(folder):
     """Files that may be pictures, in natural order, and a Counter of what else there is."""
     known = {ending for ending, kind in Image.registered_extensions().items()
-             if kind in Image.OPEN and kind not in ("BUFR", "GRIB", "HDF5", "MPEG")}    # only named
-    files, passed_over = [], Counter()
+             if kind in Image.OPEN and kind not in ("BUFR", "GRIB", "HDF5", "MPEG")}    # stubs
+    files, skipped = [], Counter()
 
     def walk(place, above):
         here = os.path.realpath(place)
-        if here in above:                                    # a link to a folder that it is in
+        if here in above:                                    # a link to a parent folder
             return
         with os.scandir(place) as entries:
             entries = sorted(entries, key=lambda entry: natural(entry.name))
         if any(re.fullmatch(r"ckpt.*\.pt", entry.name) for entry in entries):
-            passed_over["folder of a run"] += 1
+            skipped["folder of a run"] += 1
             return
         for entry in entries:
             if entry.name.startswith(".") or entry.name == "__MACOSX":
-                passed_over["hidden"] += 1
+                skipped["hidden"] += 1
             elif os.path.isdir(entry.path):
                 walk(entry.path, [*above, here])
             elif not os.path.isfile(entry.path):
-                passed_over["broken link"] += 1
+                skipped["broken link"] += 1
             elif Path(entry.name).suffix.lower() in known:
                 files.append(Path(entry.path))
             else:
-                passed_over[Path(entry.name).suffix.lower() or "file without an ending"] += 1
+                skipped[Path(entry.name).suffix.lower() or "file without an ending"] += 1
 
     walk(folder, [])
-    return files, passed_over
+    return files, skipped
 
 
 def decode(path, size, background, shift=None):
     """
-    The picture as uint8 (C, H, W), C being 3, its middle square brought to size unless that is 0.
+    The picture as uint8 (3, H, W), centre-cropped and resized to size unless that is 0.
 
-    Values of more than 8 bits are shifted down by so many bits. Where the shift is not known yet,
-    only the largest value is returned.
+    Values of more than 8 bits are shifted right by shift bits. If shift is None, only the largest
+    value is returned.
     """
     with Image.open(path) as picture:
         if size:
-            picture.draft("RGB", (2 * size, 2 * size))       # has JPEGs decoded no larger than needed
+            picture.draft("RGB", (2 * size, 2 * size))       # decodes JPEGs no larger than needed
         picture = ImageOps.exif_transpose(picture)
         if picture.mode == "F":
             raise ValueError("its pixels are floating-point numbers of unknown range: "
@@ -185,9 +185,9 @@ def decode(path, size, background, shift=None):
 
 def decode_all(files, size, background, shift=None):
     """
-    Yields (index, decode() of the file), on all cores. ValueError names all that cannot be read.
+    Yields (index, decode() of the file), on all cores. Reports progress from time to time.
 
-    From time to time says how far it is.
+    Raises a ValueError that names the files that cannot be read.
     """
     def attempt(path):
         try:
@@ -195,7 +195,7 @@ def decode_all(files, size, background, shift=None):
         except Exception as e:                               # PIL raises many kinds
             return e
 
-    ahead = 8 * os.cpu_count()                               # pictures decoded in advance: few
+    ahead = 8 * os.cpu_count()                               # few, to limit the memory used
     unreadable, start = [], time.monotonic()
     reported = start
     with ThreadPoolExecutor(os.cpu_count()) as pool:         # threads suffice: PIL releases the GIL
@@ -206,7 +206,7 @@ def decode_all(files, size, background, shift=None):
                 pending.append(pool.submit(attempt, files[i + ahead]))
             if isinstance(found, Exception):
                 unreadable.append(f"{files[i]} ({found})")
-            elif not unreadable:                             # else look only for more of those
+            elif not unreadable:                             # else only look for more such files
                 yield i, found
             if time.monotonic() - reported > 5:
                 reported = time.monotonic()
@@ -214,12 +214,12 @@ def decode_all(files, size, background, shift=None):
                 say(f"read {i + 1} of {len(files)} pictures, {left / 60:.1f} min left")
     if unreadable:
         names = "; ".join(unreadable[:10]) + ("; ..." if len(unreadable) > 10 else "")
-        raise ValueError(f"{len(unreadable)} of {len(files)} pictures cannot be read, "
-                         f"repair or remove them: {names}")
+        raise ValueError(f"{len(unreadable)} of {len(files)} pictures cannot be read: "
+                         f"repair or remove {names}")
 
 
-def bits_too_many(values):
-    """How far to shift values of more than 8 bits, the largest of each picture being given."""
+def excess_bits(values):
+    """How far to shift values of more than 8 bits, given the largest of each picture."""
     most = max(values)
     depth = next((depth for depth in (8, 10, 12, 14, 16) if most < 2**depth), None)
     if depth is None:
@@ -237,21 +237,21 @@ def say_if_one_level_off(folder, files):
     (top, inner), *others = below.items()
     if len(inner) > 1 and "" not in inner and all(names == inner for _, names in others):
         names = ", ".join(sorted(inner, key=natural)[:5])
-        say(f"the classes are {', '.join(below)}: if you mean {names}, use --dataset={folder / top}")
+        say(f"the classes are {', '.join(below)}: if you mean {names}, --dataset={folder / top}")
 
 
 def load_folder(folder, data_dir, size, background):
-    """The Data below a folder, in grey if all of it is, labelled by subfolders; cached in data_dir."""
+    """The Data below a folder, grey if all of it is, labelled by subfolders; cached in data_dir."""
     try:
         ImageColor.getrgb(background)
     except ValueError:
         raise ValueError(f"--background={background} is not a colour: "
                          "use a name such as white, or #rrggbb") from None
-    files, passed_over = find_pictures(folder)
-    if passed_over:
-        say("passed over: " + ", ".join(f"{n} {what}" for what, n in sorted(passed_over.items())))
+    files, skipped = find_pictures(folder)
+    if skipped:
+        say("skipped: " + ", ".join(f"{n} {what}" for what, n in sorted(skipped.items())))
     if not files:
-        raise ValueError("no pictures there, such as .png or .jpg")
+        raise ValueError("there are no pictures in it, such as .png or .jpg")
     stamps = [(str(p.relative_to(folder)), s.st_size, s.st_mtime_ns, s.st_ctime_ns)
               for p in files for s in [p.stat()]]
     stamp = hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
@@ -261,20 +261,20 @@ def load_folder(folder, data_dir, size, background):
     if about.exists():
         facts = json.loads(about.read_text())
         if facts["stamp"] == stamp and about.with_name(facts["file"]).exists():
-            return open_kept(about)
+            return open_cache(about)
         say(f"{folder} has changed since it was read: reading it again")
     say_if_one_level_off(folder, files)
     try:
-        keep(folder, files, size, background, about, stamp)
+        write_cache(folder, files, size, background, about, stamp)
     except KeyboardInterrupt:
         say(f"stopped while reading {folder}", file=sys.stderr)
         sys.exit(130)
-    return open_kept(about)
+    return open_cache(about)
 
 
-def keep(folder, files, size, background, about, stamp):
-    """Read the files of a folder into one array on the disk, described by the JSON file about."""
-    files = sorted(files, key=lambda p: zlib.crc32(os.fsencode(p.relative_to(folder))))    # mixed
+def write_cache(folder, files, size, background, about, stamp):
+    """Read the files of a folder into one array on disk, described by the JSON file about."""
+    files = sorted(files, key=lambda p: zlib.crc32(os.fsencode(p.relative_to(folder))))   # shuffle
     names = [p.relative_to(folder).parts[0] if p.parent != folder else "" for p in files]
     classes = sorted({*names} - {""}, key=natural)
     number = {"": -1} | {name: i for i, name in enumerate(classes)}
@@ -285,21 +285,21 @@ def keep(folder, files, size, background, about, stamp):
         def write(i, picture):
             nonlocal shape, grey
             if shape not in (None, picture.shape):
-                raise ValueError("its pictures differ in size, choose one: --image_size=64")
+                raise ValueError("its pictures differ in size: choose one, such as --image_size=64")
             shape, grey = picture.shape, grey and bool((picture == picture[:1]).all())
             f.seek(splitter.place(picture, number[names[i]], names[i]) * picture.nbytes)
             f.write(picture.tobytes())
 
         for i, found in decode_all(files, size, background):
             if isinstance(found, int):
-                deep[i] = found                              # to be read when all values are known
+                deep[i] = found                              # read again when the depth is known
             else:
                 write(i, found)
         if deep:
-            again, shift = list(deep), bits_too_many(deep.values())
+            again, shift = list(deep), excess_bits(deep.values())
             for i, picture in decode_all([files[i] for i in again], size, background, shift):
                 write(again[i], picture)
-        if grey:                                             # in place, and never ahead of reading
+        if grey:                                             # in place: writing trails reading
             f.flush()
             colour = np.memmap(f.name, np.uint8, "r", shape=(len(files), *shape))
             shape = 1, *shape[1:]
@@ -318,8 +318,8 @@ def keep(folder, files, size, background, about, stamp):
         f.write(json.dumps(facts).encode())
 
 
-def open_kept(about):
-    """The Data that keep() wrote, mapped into memory, which all processes share."""
+def open_cache(about):
+    """The Data that write_cache() wrote, mapped into memory, which all processes share."""
     facts = json.loads(about.read_text())
     x = np.memmap(about.with_name(facts["file"]), np.uint8, "c", shape=tuple(facts["shape"]))
     labels = np.array(facts["labels"], np.int64)

@@ -18,7 +18,7 @@ from torchvision.utils import save_image
 from configurator import explained, fail, say
 
 COLUMNS = "iteration,loss,learning_rate,pictures_per_s,held_out,quarter1,quarter2,quarter3,quarter4"
-WRITTEN = r"ckpt\.pt|ckpt-previous\.pt|log\.csv|sample-\d+\.png"     # what a run leaves in its folder
+WRITTEN = r"ckpt\.pt|ckpt-previous\.pt|log\.csv|sample-\d+\.png"   # what a run leaves in its folder
 CONTENT = {"method": str, "config": dict, "model_args": dict, "picture_shape": tuple,
            "data": dict, "iteration": int, "losses": torch.Tensor, "model": dict, "ema": dict,
            "optimizer": dict, "scaler": dict}
@@ -26,7 +26,7 @@ CONTENT = {"method": str, "config": dict, "model_args": dict, "picture_shape": t
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """A file for bytes that takes its place at path when all are written, or not at all."""
+    """A binary file that replaces path once it is completely written, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")   # each writer's own
     try:
@@ -45,7 +45,7 @@ def survive(kind, task):
     try:
         yield
     except kind as e:
-        say(f"could not {task} ({getattr(e, 'strerror', None) or e}), going on", file=sys.stderr)
+        say(f"could not {task} ({getattr(e, 'strerror', None) or e}), continuing", file=sys.stderr)
 
 
 def backup_path(path):
@@ -58,12 +58,12 @@ def holds_a_run(folder):
     return any(Path(folder).glob("ckpt*.pt"))
 
 
-def require_room(folder, overwrite=False):
-    """Calls fail() if a run in the folder would replace another one, or what no run has written."""
+def require_free_folder(folder, overwrite=False):
+    """Calls fail() if a run in the folder would replace another one, or files that no run wrote."""
     with explained(f"--out_dir={folder}: "):
         log, runs = Path(folder, "log.csv"), holds_a_run(folder)
         if runs and not overwrite:
-            fail(f"{folder} holds a run: go on by --init_from=resume, "
+            fail(f"{folder} holds a run: continue it with --init_from=resume, "
                  "or add --overwrite or another --out_dir")
         if runs or log.is_file() and log.read_text(errors="replace").startswith(COLUMNS):
             return
@@ -74,18 +74,18 @@ def require_room(folder, overwrite=False):
 
 
 def save_checkpoint(path, **content):
-    """Write tensors and plain values, whole or not at all; the older one goes to backup_path()."""
-    buffer = io.BytesIO()                            # to a full disk torch.save() does worse than raise
+    """Write tensors and plain values, whole or not at all; the older file goes to backup_path()."""
+    buffer = io.BytesIO()                            # on a full disk torch.save() may abort the run
     torch.save(content, buffer)
     with atomic_write(path) as f:
         f.write(buffer.getbuffer())
         f.flush()
-        os.fsync(f.fileno())                         # only now may the older one be given up
+        os.fsync(f.fileno())                         # only now may the older one be replaced
         if path.exists():
             kept = Path(f"{backup_path(path)}.tmp")
             kept.unlink(missing_ok=True)
             try:
-                os.link(path, kept)                  # not moved: at no moment is there none at path
+                os.link(path, kept)                  # not moved: path must exist at all times
             except OSError:                          # a file system without hard links
                 shutil.copyfile(path, kept)
             os.replace(kept, backup_path(path))
@@ -98,22 +98,22 @@ def load_checkpoint(path, method=None):
     Calls fail() if it is not a whole checkpoint, or one of another method.
     """
     try:
-        with zipfile.ZipFile(path) as file:              # torch.load() checks no checksums
+        with zipfile.ZipFile(path) as file:              # torch.load() verifies no checksums,
             folders = [entry.filename for entry in file.infolist() if entry.external_attr & 0x10]
-            if damaged := folders or file.testzip():     # and takes what is marked a folder for empty
+            if damaged := folders or file.testzip():     # and reads entries marked folders as empty
                 raise ValueError(f"{damaged} is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if type(checkpoint) is not dict or not all(isinstance(checkpoint.get(name), kind)
                                                    for name, kind in CONTENT.items()):
-            raise ValueError("it is another program's")
+            raise ValueError("it was not written by this program")
     except Exception as e:                           # a damaged file raises almost anything
-        message = f"there is no whole checkpoint {path} ({' '.join(str(e).split())[:100]})"
+        message = f"there is no valid checkpoint {path} ({' '.join(str(e).split())[:100]})"
         backup = backup_path(path)
         if backup.exists():
-            message = f"{message}; to take the one before it: mv {backup} {path}"
+            message = f"{message}; to use the previous one: mv {backup} {path}"
         fail(message)
     if method and not checkpoint["model"]:
-        fail(f"{path} holds averaged weights only: it can be drawn from, not resumed")
+        fail(f"{path} holds only averaged weights: it can be sampled, not resumed")
     if checkpoint["method"] != (method or checkpoint["method"]):
         fail(f"{path} is a run of {checkpoint['method']}.py: resume it with that, "
              "or choose another --out_dir")
@@ -121,29 +121,29 @@ def load_checkpoint(path, method=None):
 
 
 def require_pairs_kept(config, dataset):
-    """Calls fail() where options would part pictures from the noise that they are paired with."""
+    """Calls fail() if an option would separate pictures from the noise they are paired with."""
     wrong = {"flip": config["flip"], "sigma": config.get("sigma", 0),
              "path": config.get("path", "icfm") != "icfm",
              "sampler": config["sampler"] == "ancestral"}
     for name in wrong:
         if wrong[name]:
-            fail(f"--{name}={config[name]} does not go with {dataset}, whose pictures have their noise")
+            fail(f"--{name}={config[name]} does not go with {dataset}, which has paired noise")
 
 
 def require_same_data(checkpoint, dataset, data, model_args, changed_data):
-    """Calls fail() if a model for the data is not the run's, or the data, unless changed_data."""
+    """Calls fail() if the data do not fit the run's model, or differ without changed_data."""
     changed = data.differences(checkpoint["data"])
     if checkpoint["model_args"] != model_args:
-        fail(f"--dataset={dataset} does not fit the model of the run ({changed or 'of other options'}): "
+        fail(f"--dataset={dataset} does not fit the run's model ({changed or 'other options'}): "
              "give the run's own data, or start a new run in another --out_dir")
     if changed and not changed_data:
-        fail(f"--dataset={dataset} is not what the run was trained on ({changed}): "
-             "give the path to that, or go on with this by --changed_data")
+        fail(f"--dataset={dataset} is not the data that the run was trained on ({changed}): "
+             "give the path to those, or add --changed_data to use these")
 
 
 def restore(checkpoint, **parts):
-    """Load the state of each part, such as model=model, from the checkpoint's entry of that name."""
-    with explained("the checkpoint is of another version of this program: "):
+    """Load the state of each part, such as model=model, from the checkpoint entry of that name."""
+    with explained("the checkpoint is from another version of this program: "):
         for name, part in parts.items():
             if name != "scaler" or checkpoint[name]:  # a scaler's is empty without float16
                 part.load_state_dict(checkpoint[name])
@@ -153,12 +153,12 @@ def load_weights(folder, method, out_dir):
     """
     The averaged weights of a run of the method in the folder.
 
-    Calls fail() if there is none, or if the new run would take its place.
+    Calls fail() if there is none, or if the new run would overwrite it.
     """
     if not holds_a_run(folder):
         fail(f"--init_from={folder} is neither scratch nor resume, nor the folder of a run")
     if Path(folder).resolve() == Path(out_dir).resolve():
-        fail(f"--init_from={folder} is the --out_dir, too: choose another --out_dir")
+        fail(f"--init_from={folder} is also the --out_dir: choose another --out_dir")
     checkpoint = load_checkpoint(Path(folder, "ckpt.pt"))
     if checkpoint["method"] != method:
         fail(f"--init_from={folder} is a run of {checkpoint['method']}.py, not of {method}.py")
@@ -166,7 +166,7 @@ def load_weights(folder, method, out_dir):
 
 
 def take_weights(model, weights, folder):
-    """Begin with the weights of the run in folder. Layers that it lacks keep their own: prints those."""
+    """Start from the weights of the run in folder. Layers it lacks are left alone, and listed."""
     own = model.state_dict()
     for name, weight in weights.items():
         if name not in own or own[name].shape != weight.shape:
@@ -175,12 +175,12 @@ def take_weights(model, weights, folder):
                  f"its {name} is {tuple(weight.shape)}, here it is {here}")
     new = model.load_state_dict(weights, strict=False).missing_keys
     if os.environ.get("RANK", "0") == "0":
-        say(f"begins with the weights of {folder}{', but for ' if new else ''}{', '.join(new)}")
+        say(f"starting from the weights of {folder}{', except ' if new else ''}{', '.join(new)}")
 
 
 def catch_stop_signals():
     """
-    A list to which Ctrl-C, SIGTERM and a closed terminal from now on append their numbers.
+    A list to which, from now on, Ctrl-C, SIGTERM and a closed terminal append their signal numbers.
 
     The second signal of a kind ends the process. Under nohup a closed terminal does not count.
     """
@@ -201,7 +201,7 @@ def catch_stop_signals():
 
 
 def lock(folder, option="--out_dir"):
-    """A file that is locked as long as it is open; calls fail() if another program has locked it."""
+    """A file that is locked while it is open; calls fail() if another program has locked it."""
     file = open(Path(folder, ".lock"), "w")
     with contextlib.suppress(ImportError, OSError):  # Windows, and network folders without locks
         import fcntl
@@ -209,13 +209,13 @@ def lock(folder, option="--out_dir"):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            fail(f"another run is writing to {folder}: let it end, or choose another {option}")
+            fail(f"another run is writing to {folder}: wait for it, or choose another {option}")
     return file
 
 
 class Run:
     """
-    A training run and its folder. Every process has a Run; only that of the main process writes.
+    A training run and its folder. Every process has a Run; only the main process's writes.
 
     It starts, or is resumed, at an iteration. A run from scratch removes what an older one left.
     Calls fail() if another run is writing to the folder, or has written to it in the meantime.
@@ -242,10 +242,10 @@ class Run:
         changed = (load_checkpoint(self.checkpoint)["iteration"] != iteration if resumed else
                    holds_a_run(self.folder) and not overwrite)
         if changed:
-            fail(f"another run has written to {self.folder} meanwhile: start again")
+            fail(f"another run has written to {self.folder} in the meantime: start again")
         old = r"(ckpt.*|log\.csv.*|sample-\d+.*)\.tmp"      # left when a run is killed
         if not resumed:
-            require_room(self.folder, overwrite)
+            require_free_folder(self.folder, overwrite)
             old += "|" + WRITTEN
         for path in self.folder.iterdir():
             if re.fullmatch(old, path.name):
@@ -254,7 +254,7 @@ class Run:
         self.write_log()
 
     def rows_until(self, iteration):
-        """The rows of an older log.csv, without those that are about to be written again."""
+        """The rows of an older log.csv, without those past the iteration, which will come again."""
         if not (self.folder / "log.csv").exists():
             return []
         rows = (self.folder / "log.csv").read_text(errors="replace").splitlines()
@@ -266,7 +266,7 @@ class Run:
             f.write("\n".join([*self.rows, ""]).encode())
 
     def mean(self, losses):
-        """The mean loss of all processes, given each one's sum and number, (2,): these are averaged."""
+        """The mean loss of all processes, from each one's sum and count (2,), averaged in place."""
         self.processes.average(losses)
         return (losses[0] / losses[1]).item()
 
@@ -276,7 +276,7 @@ class Run:
         return bool(self.stopping)
 
     def require_finite(self, iteration, losses, model):
-        """Where a loss or a weight is not finite, end the run and spare the checkpoint."""
+        """If a loss or a weight is not finite, end the run without saving a checkpoint."""
         weights = sum(p.detach().sum() for p in model.parameters())
         if not math.isfinite(sum(losses) + weights):
             fail(f"the loss or a weight is not finite at iteration {iteration}: "
@@ -288,31 +288,32 @@ class Run:
             say(text)
 
     def start_clock(self, iteration):
-        """The next speed() is that from here on, so that evaluations do not count."""
+        """Measure the next speed() from here, so that evaluations do not count."""
         self.clock, self.cpu_clock, self.clocked = time.monotonic(), time.process_time(), iteration
 
     def speed(self, iteration):
-        """Pictures a second."""
+        """Pictures per second."""
         pictures = (iteration - self.clocked) * self.pictures_per_iter
         return pictures / max(1e-9, time.monotonic() - self.clock)
 
     def iterations_in(self, minutes, iteration, speed):
-        """The iterations that fit into so many minutes of this run, at a speed in pictures/s."""
+        """The iteration at which so many minutes of this run are over, at a speed in pictures/s."""
         left = max(0, 60 * minutes - (time.monotonic() - self.started))
-        self.max_iters = iteration + self.processes.maximum(int(left * speed / self.pictures_per_iter))
+        more = int(left * speed / self.pictures_per_iter)
+        self.max_iters = iteration + self.processes.maximum(more)
         return self.max_iters
 
     def notice_other_programs(self):
-        """Say once if other programs use the CPU: then the threads of this one wait for each other."""
+        """Warn once if other programs use the CPU: this one's threads then wait for each other."""
         ran = time.process_time() - self.cpu_clock
         threads = torch.get_num_threads()
         if threads > 1 and ran < 0.85 * threads * (time.monotonic() - self.clock):
-            say("another program uses the CPU, which slows the threads of this one down a lot: to stop "
-                "and resume it with OMP_NUM_THREADS=1 in the environment is faster", file=sys.stderr)
+            say("another program uses the CPU, which slows this one down a lot: it is faster to "
+                "stop and resume with OMP_NUM_THREADS=1 in the environment", file=sys.stderr)
             self.notice_other_programs = lambda: None
 
     def log(self, iteration, loss, rate, speed, held_out, optimizer):
-        """A line on the screen and a row of log.csv. rate: of learning; held_out: five losses or []."""
+        """Print a line and add a row to log.csv. rate: learning rate; held_out: 5 losses or []."""
         if not self.processes.is_main:
             return
         row = [str(iteration), f"{loss:.6f}", f"{rate:.3e}", f"{speed:.0f}"]
@@ -335,7 +336,7 @@ class Run:
             self.saved = content["iteration"]
 
     def save_grid(self, iteration, pictures, held_out):
-        """Save pictures (N, C, H, W) in [-1, 1], ten to a row, and print the five held-out losses."""
+        """Save pictures (N, C, H, W) in [-1, 1], ten to a row, and print the 5 held-out losses."""
         if not self.processes.is_main:
             return
         png = self.folder / f"sample-{iteration}.png"
@@ -345,19 +346,19 @@ class Run:
             + f"drew {png.name}")
 
     def finish(self, iteration):
-        """End the process: with code 0, 128 and a signal's number, or 1 if the end was not saved."""
+        """Exit with code 0, 128 plus a signal's number, or 1 if the last step was not saved."""
         code = 128 + self.stopping if self.stopping else 0
         if self.processes.is_main and self.saved < iteration:
-            say(f"the end, iteration {iteration}, could not be saved: "
-                f"{self.checkpoint}, if there, is older", file=sys.stderr)
+            say(f"the last iteration, {iteration}, could not be saved: "
+                f"{self.checkpoint}, if it exists, is older", file=sys.stderr)
             code = 1
         elif iteration < self.max_iters:
-            self.say(f"stopped, and saved at iteration {iteration}: "
-                     f"go on by --init_from=resume --out_dir={self.folder}")
+            self.say(f"stopped and saved at iteration {iteration}: "
+                     f"continue with --init_from=resume --out_dir={self.folder}")
         self.processes.exit(code)
 
 
 def steps_taken(optimizer, default):
-    """AdamW's own count of its steps, without those skipped because a float16 gradient overflowed."""
+    """AdamW's own count of its steps, which excludes those skipped because float16 overflowed."""
     counts = [int(state["step"]) for state in optimizer.state.values() if "step" in state]
     return max(counts, default=default)

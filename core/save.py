@@ -12,7 +12,7 @@ from core.run import atomic_write, lock
 
 
 def claim(path):
-    """Calls fail() if the path cannot be written to, or if that would mix up what is there."""
+    """Calls fail() if the path cannot be written to, or is a folder that holds other files."""
     with explained(f"--save={path}: "):
         taken = path.is_dir() and (path.suffix or {p.name for p in path.iterdir()} - {".lock"})
         if path.suffix not in (".png", ".gif", ".npz", "") or taken:
@@ -21,7 +21,7 @@ def claim(path):
         folder = path.parent if path.suffix else path
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-        return None if path.suffix else lock(folder, "--save")           # held as long as referred to
+        return None if path.suffix else lock(folder, "--save")           # held while referenced
 
 
 def to_bytes(x):
@@ -30,7 +30,7 @@ def to_bytes(x):
 
 
 def labels_to_save(classes, y):
-    """arr_1: the labels themselves if all names of classes are numbers, else indices into classes."""
+    """arr_1: the labels themselves if all class names are numbers, else indices into classes."""
     if not classes:
         return {}
     if all(name.isdecimal() and str(int(name)) == name and int(name) < 2**63 for name in classes):
@@ -58,9 +58,9 @@ def save_pngs(folder, pictures, first):
 
 
 def save_gif(file, frames, seconds=3.0):
-    """An animation of frames, (N, C, H, W) in [-1, 1]: after so many seconds the last stays for 2."""
+    """An animation of frames (N, C, H, W) in [-1, 1], this many seconds long; the last stays 2."""
     grids = [make_grid(x, nrow=10, normalize=True, value_range=(-1, 1)) for x in frames]
-    colours = 16 if frames[0].shape[1] == 1 else 128                    # few make a small file
+    colours = 16 if frames[0].shape[1] == 1 else 128                    # few, for a small file
     pictures = [to_pil_image(grid).quantize(colours) for grid in grids]
     pause = 1000 * seconds / len(pictures)                              # in milliseconds
     pictures[0].save(file, format="gif", save_all=True, append_images=pictures[1:], loop=0,

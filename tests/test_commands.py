@@ -42,14 +42,14 @@ wrong.py | wrong.py:1: batch_size: expected int
 --init_from=resumed | --init_from=resumed is neither scratch nor resume, nor the folder of a run
 --init_from=ckpt.pt | nor the folder of a run
 --init_from | expected str
---init_from=resume | there is no whole checkpoint
---init_from=resume --out_dir=nowhere | there is no whole checkpoint nowhere/ckpt.pt
+--init_from=resume | there is no valid checkpoint
+--init_from=resume --out_dir=nowhere | there is no valid checkpoint nowhere/ckpt.pt
 --overwrite=maybe | expected bool
 --overwrite=2 | expected bool
---dataset=mnits | none of mnist
---dataset=nowhere.npz | none of mnist
---dataset=nowhere/ | none of mnist
---dataset= | none of mnist
+--dataset=mnits | not one of mnist
+--dataset=nowhere.npz | not one of mnist
+--dataset=nowhere/ | not one of mnist
+--dataset= | not one of mnist
 --dataset | expected str
 --image_size=-1 | not between 0
 --image_size=28x28 | expected int
@@ -171,7 +171,7 @@ CFM = """
 --t_mean=-6 | not between -5
 --t_mean=nan | expected float
 --sampler=ancestral | not 'ancestral'
---path=vp | add --sampler=euler
+--path=vp | use --sampler=euler
 --path=vp --sampler=ddim | is for straight paths
 --path=sb --sigma=1 --sampler=dpm++ | is for straight paths
 """
@@ -180,7 +180,7 @@ SAMPLE = """
 --ckpt=x | unknown option
 --guidence=2 | did you mean guidance?
 out/cfm | cannot read the config file
---out_dir=nowhere | there is no whole checkpoint nowhere/ckpt.pt
+--out_dir=nowhere | there is no valid checkpoint nowhere/ckpt.pt
 --out_dir | expected str
 --task=train | expected draw, interpolate, reconstruct, likelihood
 --task= | expected draw
@@ -221,11 +221,11 @@ out/cfm | cannot read the config file
 --guidance_interval=nan,1 --guidance=2 | expected tuple such as (0.0, 1.0)
 --guidance_interval=early --guidance=2 | expected tuple such as (0.0, 1.0)
 --guidance_interval | expected tuple such as (0.0, 1.0)
---labels=-1 | there is no -1, the model has 0 to 9
+--labels=-1 | there is no class -1, the model has 0 to 9
 --labels=10 | the model has 0 to 9
 --labels=1,2,99 | the model has 0 to 9
---labels=a | there is no a, the model has 0 to 9
---labels=1.5 | there is no 1.5, the model has 0 to 9
+--labels=a | there is no class a, the model has 0 to 9
+--labels=1.5 | there is no class 1.5, the model has 0 to 9
 --sampler=dpm | is not for
 --sampler=EULER | is not for
 --sampler= | is not for
@@ -250,7 +250,7 @@ out/cfm | cannot read the config file
 --task=reconstruct --exact | goes with --task=likelihood
 """
 SAMPLE_DDPM = """
---task=likelihood --sampler=dpm++ | leave out --sampler
+--task=likelihood --sampler=dpm++ | drop --sampler
 --task=interpolate --sampler=ancestral | needs a sampler that adds no noise
 --task=interpolate --sampler=ddim --eta=1 | needs a sampler that adds no noise
 --sampler=ancestral --steps=20 | ancestral sampling takes all 1000 steps
@@ -258,7 +258,7 @@ SAMPLE_DDPM = """
 --save=x.gif --sampler=ancestral | a .gif has a frame per evaluation
 --guidance_interval=0.2,0.8 --guidance=2 --sampler=ancestral | not with dopri5 or ancestral
 --task=likelihood --steps=1 | needs at least 2
---task=likelihood --clip=false | that of clipped predictions
+--task=likelihood --clip=false | the bound uses clipped predictions
 --task=likelihood --steps=1001 | the run has only 1000
 --task=likelihood --exact | goes with --task=likelihood of cfm
 """
@@ -283,7 +283,7 @@ bench/speed | cfm --batch=3 | unknown option
 bench/speed | torchcfm | as in config/cifar10.py
 bench/speed | cfm --path=sb | a sigma above 0
 bench/speed | ddpm --attention_levels=7 | attention_levels
-bench/samplers | --runs=nowhere | there is no whole checkpoint nowhere/ckpt.pt
+bench/samplers | --runs=nowhere | there is no valid checkpoint nowhere/ckpt.pt
 bench/samplers | --n_samples=0 | not between
 bench/samplers | --runs=ddpm | ddpm is no run of MNIST with labels
 bench/peers | --minutes=-1 | not between

@@ -108,7 +108,7 @@ def test_a_curved_path_is_refused_a_sampler_for_straight_ones_and_drawn_by_other
     insert(project / "cfm.py", "class VelocityField", 'PATHS["parabola"] = ParabolicConditionalFlowMatcher\n\n\n')
     for sampler in ("dpm++", "ddim"):
         message = run(project, "cfm", *TINY, "--path=parabola", f"--sampler={sampler}", code=2)
-        assert "is for straight paths, and this one is curved: add --sampler=euler" in message
+        assert "is for straight paths, and this one is curved: use --sampler=euler" in message
     learns(project, "cfm", "--path=parabola", "--sampler=euler")
     message = run(project, "sample", "--out_dir=x", "--sampler=dpm++", code=2)
     assert "is for straight paths" in message
@@ -149,5 +149,5 @@ def test_a_data_set(project):
     args = [a for a in TINY if "dataset" not in a] + ["--max_iters=20", "--out_dir=x", "--dataset=checks"]
     assert "checks: 40 pictures of (1, 8, 8), 2 classes\nclasses: white: 20, black: 20" in run(project, "cfm", *args)
     run(project, "sample", "--out_dir=x", "--labels=black,white", "--n_samples=2")
-    assert "none of mnist, fashion_mnist, cifar10, synthetic, checks" in run(
+    assert "not one of mnist, fashion_mnist, cifar10, synthetic, checks" in run(
         project, "cfm", *args[:-2], "--out_dir=y", "--dataset=chess", code=2)

@@ -169,7 +169,7 @@ def test_asked_to_stop_while_a_grid_is_drawn(number, tmp_path):
     process.send_signal(number)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 128 + number and "drew sample-4.png" in out and err == STOPPING
-    assert "stopped, and saved at iteration 5" in out
+    assert "stopped and saved at iteration 5" in out
     assert checkpoint(tmp_path / "x")["iteration"] == 5
 
 
@@ -258,7 +258,7 @@ def test_a_flipped_bit_that_hides_a_tensor_is_noticed(ran, tmp_path):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "ckpt.pt").write_bytes(content)
     args = [*RESUME, "--max_iters=80"]
-    refused(script, *args, cwd=tmp_path, message="there is no whole checkpoint x/ckpt.pt")
+    refused(script, *args, cwd=tmp_path, message="there is no valid checkpoint x/ckpt.pt")
 
 
 def test_a_file_takes_its_place_when_it_is_whole_and_two_writers_do_not_meet(tmp_path):
@@ -300,7 +300,7 @@ def test_the_checkpoint_before_the_newest_is_kept_and_can_take_its_place(ran, tm
         content[at] ^= 1
     ckpt.write_bytes(content)
     refused(script, *RESUME, cwd=tmp_path,
-            message="to take the one before it: mv x/ckpt-previous.pt x/ckpt.pt")
+            message="to use the previous one: mv x/ckpt-previous.pt x/ckpt.pt")
     backup_path(ckpt).rename(ckpt)
     assert "iterations 20 to 40" in here(script, *RESUME, cwd=tmp_path)
     assert_same_run(cwd / "x", tmp_path / "x")
@@ -352,14 +352,14 @@ def test_a_full_disk_is_told_and_does_not_end_the_run(tmp_path):
     wait_for(process, "iteration 84 ")
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM and "stopped, and saved" in out
-    told = "could not write x/ckpt.pt (File too large), going on"
+    assert process.returncode == 128 + signal.SIGTERM and "stopped and saved" in out
+    told = "could not write x/ckpt.pt (File too large), continuing"
     assert set(err.splitlines()) == {told, STOPPING.strip()}
     state, before = checkpoint(tmp_path / "x"), (tmp_path / "x" / "ckpt.pt").read_bytes()
     more = f"--max_iters={state['iteration'] + 20}"
     process = start("cfm", *RESUME, more, cwd=tmp_path, preexec_fn=limit(100_000))
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and "could not be saved: x/ckpt.pt, if there, is older" in err
+    assert process.returncode == 1 and "could not be saved: x/ckpt.pt, if it exists, is older" in err
     assert (tmp_path / "x" / "ckpt.pt").read_bytes() == before
 
 
@@ -426,7 +426,7 @@ def test_a_run_that_others_overtook_while_it_read_its_data_is_refused(first, tmp
 
     monkeypatch.setattr(core.data, "load_data", slow)
     code, _, err = run_here("cfm", *begin, "--max_iters=20", cwd=tmp_path)
-    assert code == 2 and "another run has written to x meanwhile" in err
+    assert code == 2 and "another run has written to x in the meantime" in err
     assert checkpoint(tmp_path / "x")["iteration"] == (12 if first == "resume" else 4)
 
 
@@ -566,4 +566,4 @@ def test_a_checkpoint_whose_parts_do_not_fit_is_refused(name, value, tmp_path):
     content = checkpoint(tmp_path / "run")
     (content["data"] if name == "classes" else content)[name] = value
     torch.save(content, tmp_path / "run" / "ckpt.pt")
-    refused("sample", "--out_dir=run", cwd=tmp_path, message="is of another version of this program")
+    refused("sample", "--out_dir=run", cwd=tmp_path, message="is from another version of this program")

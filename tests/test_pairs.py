@@ -70,7 +70,7 @@ def test_noise_that_cannot_belong_to_the_pictures_is_refused(noise, tmp_path):
 @pytest.mark.parametrize("script", ["ddpm", "cfm"])
 @pytest.mark.parametrize("option, message", [
     ("--image_size=4", "cannot be resized"),
-    ("--flip", "--flip=True does not go with pairs.npz, whose pictures have their noise"),
+    ("--flip", "--flip=True does not go with pairs.npz, which has paired noise"),
     ("--path=vp --sampler=heun", "--path=vp does not go"),
     ("--sigma=0.1", "--sigma=0.1 does not go"),
     ("--sampler=ancestral", "--sampler=ancestral does not go"),
@@ -90,7 +90,7 @@ def test_a_model_of_pairs_draws_with_no_new_noise(script, pairs):
     here(script, *TINY, "--dataset=pairs.npz", "--max_iters=1", where, "--overwrite", cwd=pairs)
     renewing = [["--sampler=ddim", "--eta=1"]] + [["--sampler=ancestral"]] * (script == "ddpm")
     for options in renewing:
-        refused("sample", where, *options, cwd=pairs, message="the run learned from pairs")
+        refused("sample", where, *options, cwd=pairs, message="the run was trained on pairs")
     sample(where, "--sampler=ddim", "--n_samples=2", cwd=pairs)
     sample("--out_dir=x", "--sampler=ddim", "--eta=1", "--n_samples=2", cwd=pairs)
     state = checkpoint(pairs / "x")
@@ -197,12 +197,12 @@ def test_a_run_begins_with_the_averaged_weights_of_another(script, pairs):
     here(script, *TINY, "--max_iters=20", f"--out_dir={script}-first", cwd=pairs)
     printed = here(script, *still, f"--init_from={script}-first", f"--out_dir={script}-second", cwd=pairs)
     first, second = (checkpoint(pairs / f"{script}-{name}") for name in ("first", "second"))
-    assert f"begins with the weights of {script}-first\n" in printed and second["iteration"] == 1
+    assert f"starting from the weights of {script}-first\n" in printed and second["iteration"] == 1
     for state in (second["model"], second["ema"]):
         assert all(torch.equal(state[name], weight) for name, weight in first["ema"].items())
     if script == "cfm":
         printed = here("cfm", *still, f"--init_from={script}-first", "--spans=0.5", "--out_dir=spans", cwd=pairs)
-        assert "of cfm-first, but for span.0.weight, span.0.bias, span.2.weight, span.2.bias\n" in printed
+        assert "of cfm-first, except span.0.weight, span.0.bias, span.2.weight, span.2.bias\n" in printed
         third = checkpoint(pairs / "spans")["model"]
         assert all(torch.equal(third[name], weight) for name, weight in first["ema"].items())
         here("cfm", "--init_from=resume", "--out_dir=spans", "--max_iters=2", cwd=pairs)
@@ -211,7 +211,7 @@ def test_a_run_begins_with_the_averaged_weights_of_another(script, pairs):
         (["--channels=16"], "its time.0.weight is (32, 8), here it is (64, 16)"),
         (["--conditional=false"], "its label.weight is (11, 32), here it is not there"),
         (["--init_from=nowhere"], "--init_from=nowhere is neither scratch nor resume, nor the folder"),
-        (["--overwrite", f"--out_dir=./{script}-first"], "is the --out_dir, too: choose another"),
+        (["--overwrite", f"--out_dir=./{script}-first"], "is also the --out_dir: choose another"),
     ]:
         args = ["--out_dir=no", f"--init_from={script}-first", *args]
         refused(script, *TINY, *args, cwd=pairs, message=message)

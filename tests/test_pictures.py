@@ -66,7 +66,7 @@ def test_classes_are_in_natural_order(tmp_path, monkeypatch):
     assert sorted(["x10y2", "x9", "x10y1", "x"], key=natural) == ["x", "x9", "x10y1", "x10y2"]
 
 
-def test_hidden_folders_and_files_are_passed_over_and_counted(pets, capsys):
+def test_hidden_folders_and_files_are_skipped_and_counted(pets, capsys):
     before = all_of(load(pets))
     picture(pets / ".ipynb_checkpoints" / "1.png", (1, 1, 1))
     picture(pets / "__MACOSX" / "cat" / "1.png", (1, 1, 1))
@@ -76,10 +76,10 @@ def test_hidden_folders_and_files_are_passed_over_and_counted(pets, capsys):
     (pets / "Thumbs.db").write_text("")
     capsys.readouterr()
     assert all_of(load(pets)) == before
-    assert "passed over: 1 .db, 1 .txt, 4 hidden" in capsys.readouterr().out
+    assert "skipped: 1 .db, 1 .txt, 4 hidden" in capsys.readouterr().out
 
 
-def test_the_folder_of_a_run_is_passed_over(pets, capsys):
+def test_the_folder_of_a_run_is_skipped(pets, capsys):
     before = all_of(load(pets))
     picture(pets / "out" / "cfm" / "sample-938.png", (1, 1, 1))
     (pets / "out" / "cfm" / "ckpt.pt").write_bytes(b"")
@@ -330,7 +330,7 @@ def test_the_classes_of_an_npz_are_those_that_occur(tmp_path):
     assert labels_to_save(["3", "7"], y)["arr_1"].tolist() == [3, -1, 7]
     for label in ("0", "1", "3,8", "seven"):
         refused("sample", "--out_dir=run", f"--labels={label}", cwd=tmp_path,
-                message=f"there is no {label.split(',')[-1]}, the model has 3, 7")
+                message=f"there is no class {label.split(',')[-1]}, the model has 3, 7")
 
 
 @pytest.mark.parametrize("labels, classes", [
@@ -357,7 +357,7 @@ def test_classes_are_asked_for_by_name_and_come_back_by_name(pets):
     sample("--out_dir=run", "--n_samples=3", "--labels=1", "--save=y.npz", cwd=pets.parent)
     assert np.load(pets.parent / "y.npz")["arr_1"].tolist() == [1, 1, 1]
     refused("sample", "--out_dir=run", "--labels=cow", cwd=pets.parent,
-            message="there is no cow, the model has cat, dog")
+            message="there is no class cow, the model has cat, dog")
 
 
 # ---- .npz files ----
@@ -416,7 +416,7 @@ def test_classes_that_were_renamed_are_named(pets):
     here("cfm", *T, "--dataset=pets", "--out_dir=run", cwd=cwd)
     (pets / "cat").rename(pets / "zebra")
     code, _, err = run_here("cfm", "--init_from=resume", "--out_dir=run", "--max_iters=9", cwd=cwd)
-    assert code == 2 and "classes that are gone: cat, that are new: zebra" in err
+    assert code == 2 and "classes missing: cat, new: zebra" in err
 
 
 def test_labels_that_were_swapped_are_noticed(pets):
@@ -425,7 +425,7 @@ def test_labels_that_were_swapped_are_noticed(pets):
     for a, b in (("cat", "x"), ("dog", "cat"), ("x", "dog")):
         (pets / a).rename(pets / b)
     code, _, err = run_here("cfm", "--init_from=resume", "--out_dir=run", "--max_iters=9", cwd=cwd)
-    assert code == 2 and "as many pictures, but not the same, or other labels" in err
+    assert code == 2 and "as many pictures, but other pictures, labels" in err
 
 
 def test_moved_downloads_are_found_by_an_option(tmp_path, monkeypatch):
@@ -495,7 +495,7 @@ def test_a_second_reader_of_a_grey_folder_that_is_killed_leaves_the_first_ones_p
 
     monkeypatch.setattr(core.pictures, "atomic_write", killed_before_the_description)
     with pytest.raises(SystemExit):
-        core.pictures.keep(tmp_path / "p", files, 0, "white", about, stamp)
+        core.pictures.write_cache(tmp_path / "p", files, 0, "white", about, stamp)
     monkeypatch.setattr(core.pictures, "atomic_write", whole)
     data = load("p")
     assert {key[0] for key in all_of(data)} == set(range(40)) and data.train[0].shape[1] == 1
@@ -599,13 +599,13 @@ def test_transparent_pixels_of_16_bits_show_the_background(tmp_path, monkeypatch
     assert (x[0, 0, :4] == 255).all() and (x[0, 0, 4:] == 60000 >> 8).all()
 
 
-def test_a_link_to_itself_is_passed_over(pets, capsys):
+def test_a_link_to_itself_is_skipped(pets, capsys):
     before = all_of(load(pets))
     (pets / "cat" / "self.png").symlink_to("self.png")
     assert all_of(load(pets)) == before and "1 broken link" in capsys.readouterr().out
 
 
-def test_files_pillow_only_knows_the_names_of_are_passed_over(pets):
+def test_files_pillow_only_knows_the_names_of_are_skipped(pets):
     before = all_of(load(pets))
     (pets / "labels.h5").write_bytes(b"x")
     (pets / "clip.mpg").write_bytes(b"x")
@@ -640,6 +640,6 @@ def test_what_is_no_npz_is_refused_without_advice_to_unpickle(content, tmp_path)
         (tmp_path / "x.npy").rename(tmp_path / "x.npz")
     else:
         (tmp_path / "x.npz").write_text("version https://git-lfs.github.com/spec/v1")
-    refused("cfm", "--dataset=x.npz", *T, cwd=tmp_path, message="it is no .npz archive")
+    refused("cfm", "--dataset=x.npz", *T, cwd=tmp_path, message="it is not an .npz archive")
     np.savez(tmp_path / "x.npz", arr_0=np.zeros((9, 8, 8, 1), np.uint8), arr_1=np.array([None] * 9))
     refused("cfm", "--dataset=x.npz", *T, cwd=tmp_path, message="not Python objects")

@@ -93,7 +93,7 @@ def test_the_preset_for_one_step_runs_by_its_commands_and_draws_in_one_evaluatio
     more = [[*tiny, "--dataset=synthetic", "--image_size=8"], ["--n_samples=40"], tiny, ["--n_samples=4"]]
     printed = [here(script, *options, *others, cwd=tmp_path)
                for (script, options), others in zip(commands, more)]
-    assert "begins with the weights of out/cfm, but for span.0.weight" in printed[2]
+    assert "starting from the weights of out/cfm, except span.0.weight" in printed[2]
     assert "iteration 4 of 4" in printed[2] and "on out/pairs.npz: " in printed[2]
     assert "meanflow, 1 steps" in printed[3] and "s, 1 evaluations of the model" in printed[3]
 

@@ -46,7 +46,7 @@ def test_two_processes_stop_together_and_one_goes_on(tmp_path):
             process.send_signal(signal.SIGTERM)
             break
     out, _ = process.communicate(timeout=60)
-    assert process.returncode != 0 and "stopped, and saved at iteration" in out
+    assert process.returncode != 0 and "stopped and saved at iteration" in out
     stopped_at = checkpoint(tmp_path / "x")["iteration"]
     more = f"--max_iters={stopped_at + 1}"
     printed = here("cfm", "--init_from=resume", "--out_dir=x", more, cwd=tmp_path)
