@@ -532,6 +532,50 @@ def bits_per_dim(method, x, y, draws, by_bound, options):
     return math.log2(127.5) - nats[None] / (x[0].numel() * math.log(2))
 
 
+def describe_sampler(config, by_bound):
+    """What the options ask for, for the first line of output."""
+    if by_bound:
+        return f"the bound, {steps} of {config['n_steps']} steps"
+    if sampler == "ancestral":
+        return "ancestral, all steps"
+    if sampler == "dopri5":
+        return f"dopri5, atol {atol}, rtol {rtol}"
+    return f"{sampler}, {steps} steps"
+
+
+def describe_bits(bits, about):
+    """A sentence on bits (terms, N), which sum to about or at most the bits/dim of N pictures."""
+    n, total = bits.shape[1], bits.sum(0)
+    mean, of = f"{total.mean():.4f}", f"mean of {n} held-out pictures"
+    if n > 1:
+        mean, of = f"{mean} +- {total.std() / math.sqrt(n):.4f}", f"{of} +- std. error"
+    text = f"{about} {mean} bits/dim ({of})"
+    if len(bits) == 3:                                       # those of bound()
+        names = "L_T", "KL of the steps between", "L_0"
+        terms = [f"{name} {term:.4f}" for name, term in zip(names, bits.mean(1))]
+        text += f", of {' + '.join(terms)}"
+    return text
+
+
+class Evaluations:
+    """Counts the evaluations of a model. If they take long, it prints their number now and then."""
+
+    def __init__(self, model):
+        model.register_forward_hook(self.add)
+        self.restart()
+
+    def restart(self):
+        self.count, self.reported = 0, time.monotonic()
+
+    def add(self, *_):
+        from configurator import say
+
+        self.count += 1
+        if time.monotonic() - self.reported > 10:
+            say(f"{self.count} evaluations of the model so far")
+            self.reported = time.monotonic()
+
+
 class Draws:
     """Random numbers, from one generator per picture, so that the batch size does not matter."""
 
@@ -616,26 +660,9 @@ if __name__ == "__main__":
         claimed = claim(save)
 
     method = script.build(model.to(device), config, device)
-    evaluations, reported = 0, time.monotonic()
-
-    def count(*_):
-        """Called at each evaluation of the model."""
-        global evaluations, reported
-        evaluations += 1
-        if time.monotonic() - reported > 10:
-            say(f"{evaluations} evaluations of the model so far")
-            reported = time.monotonic()
-
-    model.register_forward_hook(count)
-    how = f"{sampler}, {steps} steps"
-    if by_bound:
-        how = f"the bound, {steps} of {config['n_steps']} steps"
-    elif sampler == "ancestral":
-        how = "ancestral, all steps"
-    elif sampler == "dopri5":
-        how = f"dopri5, atol {atol}, rtol {rtol}"
+    evaluations = Evaluations(model)
     say(f"{task}: {n_samples} pictures, {script.METHOD} at iteration {checkpoint['iteration']}: "
-        f"{how}, guidance {guidance}, on {device}")
+        f"{describe_sampler(config, by_bound)}, guidance {guidance}, on {device}")
 
     stop_signals, start = catch_stop_signals(), time.monotonic()
     options = {"atol": atol, "rtol": rtol} if sampler == "dopri5" else {}
@@ -643,7 +670,7 @@ if __name__ == "__main__":
     for i in range(0, n_samples, batch_size):
         label = y[i:i + batch_size].to(device)
         draws = Draws(range(i, i + len(label)), (C, H, W), device)
-        evaluations, reported = 0, time.monotonic()
+        evaluations.restart()
         if real:
             x = x_val[i:i + len(label)].to(device).float()
         if sampler in ("ddim", "ancestral"):
@@ -669,7 +696,7 @@ if __name__ == "__main__":
                 if save.suffix == "":
                     with explained(f"--save={save}: ", OSError):
                         save_pngs(save, pictures[i:i + batch_size], i)
-        cost, done = max(cost, evaluations), i + len(label)
+        cost, done = max(cost, evaluations.count), i + len(label)
         if done < n_samples and stop_signals:
             say(f"stopped after {done} of {n_samples}")
             n_samples = done
@@ -682,16 +709,8 @@ if __name__ == "__main__":
     code = 128 + stop_signals[0] if stop_signals else 0
 
     if task == "likelihood":
-        bits = torch.cat(bits, 1)                            # (terms, n_samples)
-        names = "L_T", "KL of the steps between", "L_0"
-        terms = [f"{name} {term:.4f}" for name, term in zip(names, bits.mean(1))]
-        bits = bits.sum(0)
-        mean, of = f"{bits.mean():.4f}", f"of {n_samples} held-out pictures"
-        if n_samples > 1:
-            mean, of = f"{mean} +- {bits.std() / math.sqrt(n_samples):.4f}", f"{of} +- std. error"
         about = "about" if by_bound and steps < config["n_steps"] else "at most"
-        say(f"{about} {mean} bits/dim (mean {of})"
-            f"{', of ' + ' + '.join(terms) if by_bound else ''}; {took}")
+        say(f"{describe_bits(torch.cat(bits, 1), about)}; {took}")
         raise SystemExit(code)
     if task == "reconstruct":
         gap = pictures - x_val[:n_samples].permute(0, 2, 3, 1).numpy().astype(float)

@@ -237,7 +237,8 @@ def say_if_one_level_off(folder, files):
     (top, inner), *others = below.items()
     if len(inner) > 1 and "" not in inner and all(names == inner for _, names in others):
         names = ", ".join(sorted(inner, key=natural)[:5])
-        say(f"the classes are {', '.join(below)}: if you mean {names}, --dataset={folder / top}")
+        say(f"the classes are {', '.join(below)}: if you mean {names}, "
+            f"use --dataset={folder / top}")
 
 
 def load_folder(folder, data_dir, size, background):

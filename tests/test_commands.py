@@ -241,11 +241,11 @@ out/cfm | cannot read the config file
 --save=full.gif | a new or empty folder
 --save=full | a new or empty folder
 --save | expected str
---task=likelihood --guidance=2 | the model as it is
+--task=likelihood --guidance=2 | uses the model without guidance
 --task=likelihood --save=x.png | printed, not saved
 --task=likelihood --labels=1 | the held-out pictures' own labels
 --task=reconstruct --sampler=ddim | cannot be run backwards
---task=reconstruct --guidance=2 | the model as it is
+--task=reconstruct --guidance=2 | uses the model without guidance
 --task=reconstruct --labels=1 | the held-out pictures' own labels
 --task=reconstruct --exact | goes with --task=likelihood
 """

@@ -149,7 +149,7 @@ def test_a_stopped_run_on_pairs_goes_on_as_if_it_had_not_been(options, pairs):
     # the same pictures with other noise are other data
     known = np.load(pairs / "pairs.npz")
     np.savez(pairs / "other.npz", arr_0=known["arr_0"], arr_1=known["arr_1"], noise=-known["noise"])
-    refused("cfm", *resumed[:2], "--max_iters=9", "--dataset=other.npz", cwd=pairs, message="not the same")
+    refused("cfm", *resumed[:2], "--max_iters=9", "--dataset=other.npz", cwd=pairs, message="but other pictures")
 
 
 def test_over_the_whole_way_the_mean_velocity_of_pairs_is_their_difference():
