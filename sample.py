@@ -666,7 +666,7 @@ if __name__ == "__main__":
 
     stop_signals, start = catch_stop_signals(), time.monotonic()
     options = {"atol": atol, "rtol": rtol} if sampler == "dopri5" else {}
-    bits, frames, cost = [], [], 0
+    bits, frames, cost, reported = [], [], 0, -math.inf
     for i in range(0, n_samples, batch_size):
         label = y[i:i + batch_size].to(device)
         draws = Draws(range(i, i + len(label)), (C, H, W), device)
@@ -701,8 +701,9 @@ if __name__ == "__main__":
             say(f"stopped after {done} of {n_samples}")
             n_samples = done
             break
-        if done < n_samples:
-            left = (time.monotonic() - start) / done * (n_samples - done) / 60
+        if done < n_samples and time.monotonic() - reported > 10:     # at first, and now and then
+            reported = time.monotonic()
+            left = (reported - start) / done * (n_samples - done) / 60
             say(f"{done} done, {left:.1f} min left")
     pictures, y = pictures[:n_samples], y[:n_samples]
     took = f"{time.monotonic() - start:.1f} s, {cost} evaluations of the model"

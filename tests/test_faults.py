@@ -57,7 +57,7 @@ def wait_for(process, beginning):
 
 
 def log(folder):
-    """The rows of log.csv, but for the speed."""
+    """The rows of log.csv, without the speed."""
     return [row[:3] + row[4:] for row in csv.reader((folder / "log.csv").open())]
 
 
@@ -489,14 +489,14 @@ def test_drawing_can_be_stopped_and_what_was_drawn_is_kept(ran, tmp_path):
     args = [f"--out_dir={cwd / 'x'}", "--n_samples=50000", "--batch_size=100", "--steps=2"]
     for save in ("x.npz", "folder"):
         process = start("sample", *args, f"--save={save}", cwd=tmp_path)
-        wait_for(process, "200 done, ")
+        wait_for(process, "100 done, ")
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 128 + signal.SIGINT and err == STOPPING
         n = int(out.split("stopped after ")[1].split()[0])
         file = tmp_path / save
         kept = np.load(file)["arr_0"] if save == "x.npz" else list(file.iterdir())
-        assert len(kept) == n and 200 <= n < 50000 and n % 100 == 0
+        assert len(kept) == n and 100 <= n < 50000 and n % 100 == 0
     args += ["--save=big.npz", "--n_samples=5000"]
     process = start("sample", *args, cwd=tmp_path, preexec_fn=limit(100_000))
     out, err = process.communicate(timeout=60)
@@ -513,7 +513,7 @@ def memory(pid):
 
 @pytest.mark.long
 def test_memory_for_50000_pictures_does_not_grow_with_their_number(ran, tmp_path):
-    """But for the pictures themselves, 8 x 8 bytes each."""
+    """Apart from the pictures themselves, 8 x 8 bytes each. Progress is reported now and then."""
     script, cwd = ran
     peaks = []
     for n in (500, 50_000):
@@ -524,7 +524,7 @@ def test_memory_for_50000_pictures_does_not_grow_with_their_number(ran, tmp_path
         _, code, usage = os.wait4(process.pid, 0)
         assert code == 0 and np.load(tmp_path / f"{n}.npz")["arr_0"].shape == (n, 8, 8, 1)
         peaks.append(usage.ru_maxrss / 1024)
-    assert out.count(" done, ") == 199 and peaks[1] - peaks[0] < 30, peaks
+    assert 1 <= out.count(" done, ") < 20 and peaks[1] - peaks[0] < 30, peaks
     print(f"\npeak memory {peaks[0]:.0f} MiB for 500 pictures, {peaks[1]:.0f} for 50,000")
 
 
