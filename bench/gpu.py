@@ -1,5 +1,5 @@
 """
-The part of bench/gpu.sh that is not shell: what the card can do, and what the logs say.
+The Python part of bench/gpu.sh: what the card can do, and what the logs say.
 
     python bench/gpu.py card cuda                     # the card and its ceilings, as JSON
     python bench/gpu.py report SCRATCH FOLDER cuda    # results, from gpu.sh's SCRATCH to FOLDER
@@ -38,7 +38,7 @@ ENDS = {"0": "done", "124": "stopped: out of time", "137": "killed", "143": "sto
 
 
 def card(device):
-    """{figure: value} of the machine: names, and its peak speeds."""
+    """{figure: value} of the machine: names, versions and peak speeds."""
     import torch
     import torchvision
 
@@ -77,7 +77,7 @@ def card(device):
     return found
 
 
-# ---- what a log says: {figure: value}, of a stage's log, the folder of its run, and its start ----
+# ---- what a log says: {figure: value}, from a stage's log, its run's folder and its start ----
 
 def read_card(log, run, start):
     return json.loads(log.splitlines()[-1])
@@ -117,7 +117,7 @@ def read_quality(log, run, start):
     found = {}
     row = r"^(\S.*?) +(\d+) +([\d.]+) +([\d.]+) +(nan%|[\d.]+%) +([\d.]+%)  "
     for name, n, _, floor, recognised, coverage in re.findall(row, log, re.M):
-        name = Path(name).stem                       # cut off at the front
+        name = Path(name).stem                       # its front may be cut off
         found |= {f"{name}: x floor": float(floor), f"{name}: recognised": recognised,
                   f"{name}: coverage": coverage}
     return found
@@ -162,7 +162,7 @@ def read_stages(scratch):
         log = (scratch / "logs" / f"{name}.log").read_text(errors="replace")
         try:
             figures = reader(name)(log, scratch / "run" / name, float(start))
-        except Exception:                            # a stage that failed may have said anything
+        except Exception:                            # a failed stage may have printed anything
             figures = {}
         if code == "0" and reader(name) is read_training:
             figures["seconds in all"] = int(seconds)

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Measure on one NVIDIA card, in at most twelve minutes, what the project says about GPUs.
+# Measure what the project says about GPUs: on one NVIDIA card, in at most twelve minutes.
 #
 #   bash bench/gpu.sh FOLDER               # on a card; FOLDER must be new or empty
 #   bash bench/gpu.sh FOLDER --rehearse    # the same stages on a CPU, tiny, in three minutes
 #
 # --seconds=720     for everything, results included; 178 in a rehearsal
-# --data_dir=data   holds MNIST and CIFAR-10: what is missing skips its stages
-# --only=REGEX      only the stages whose names match; one that draws needs the one that trains
+# --data_dir=data   holds MNIST and CIFAR-10: stages without their data are skipped
+# --only=REGEX      only stages whose names match; to draw, include the stage that trains
 #
-# It needs no network, and python3, or another Python named in $PYTHON. A stage that fails or takes
-# too long does not stop the next. After each one, and at SIGTERM, FOLDER has the results so far:
+# It needs python3, or the Python named in $PYTHON, and no network. A stage that fails or takes too
+# long does not stop the next. After each one, and at SIGTERM, FOLDER has the results so far:
 # gpu.json, logs.tgz with all output and table.md, grids, and pictures of CIFAR-10 for an FID. These
-# are at most eight files of less than 16 MB.
+# are at most eight files, each smaller than 16 MB.
 set -uo pipefail
 
 usage() {
@@ -60,7 +60,7 @@ failed=0 running=""
 
 left() { echo $((deadline - SECONDS)); }
 
-# A signal is a deadline that has come: the running stage is stopped, and no other starts.
+# A signal counts as the deadline: the running stage is stopped, and no other starts.
 trap 'deadline=0; [[ -z $running ]] || kill "$running" 2>/dev/null' TERM INT HUP
 
 note() { # NAME START SECONDS CODE WHY
@@ -75,7 +75,7 @@ skip() { # NAME WHY
     note "$1" 0 0 skipped "$2"
 }
 
-stage() { # NAME LIMIT COMMAND...: at most LIMIT seconds of the command, its output in NAME.log
+stage() { # NAME LIMIT COMMAND...: the command, for at most LIMIT seconds, its output in NAME.log
     local name=$1 limit=$2 begin=$SECONDS start=$EPOCHREALTIME code
     shift 2
     [[ $name =~ $only ]] || return 0
@@ -85,7 +85,7 @@ stage() { # NAME LIMIT COMMAND...: at most LIMIT seconds of the command, its out
         return
     fi
     echo "$name: $*"
-    # each stage compiles again, so that its time is that of a first run
+    # each stage compiles from scratch, so its time is a first run's
     TORCHINDUCTOR_CACHE_DIR=$scratch/inductor/$name timeout --kill-after="$grace" "$limit" "$@" \
         >"$logs/$name.log" 2>&1 &
     running=$!
@@ -131,7 +131,7 @@ if [[ $rehearse ]]; then
     device=cpu digits=200 pairs=200 cifar_pictures=20 speed=() judge=(--judge_epochs=1)
     tiny=(--channels=8 --batch_size=16 --max_iters=20 --eval_interval=10 --log_interval=5
         --sample_steps=2)
-    tiny_peer=(--channels=32 --batch_size=2) # their groups have 32 channels or a multiple
+    tiny_peer=(--channels=32 --batch_size=2) # their group norms need a multiple of 32 channels
     [[ ${mnist[*]} ]] || mnist=(--dataset=synthetic)
     [[ ${cifar[*]} ]] || cifar=(--dataset=synthetic --image_size=32)
 fi
@@ -175,18 +175,18 @@ fi
 stage speed-default 100 "$python" bench/speed.py cfm --device=$device "${speed[@]}" "${tiny[@]}"
 stage speed-cifar10 150 "$python" bench/speed.py cfm config/cifar10.py --device=$device \
     "${speed[@]}" "${tiny[@]}"
-for peer in torchcfm diffusers; do # their training loops, of a UNet of the same size
+for peer in torchcfm diffusers; do # their training steps, with a UNet of the same size
     if ! "$python" -c "import importlib.util as u; exit(not u.find_spec('$peer'))"; then
         skip "speed-cifar10-$peer" "$peer is not installed"
     elif [[ $rehearse ]] && (($(left) < 100)); then
-        skip "speed-cifar10-$peer" "a rehearsal needs its time for CIFAR-10"
+        skip "speed-cifar10-$peer" "the rehearsal needs the time for CIFAR-10"
     else
         stage "speed-cifar10-$peer" 90 "$python" bench/speed.py "$peer" config/cifar10.py \
             --device=$device "${speed[@]}" "${tiny[@]}" "${tiny_peer[@]}"
     fi
 done
 
-# 4. CIFAR-10, for the time that is left; a third of it, at most two minutes, is for drawing.
+# 4. CIFAR-10, in the time that is left: a third of it, at most two minutes, goes to drawing.
 drawing=$(($(left) / 3))
 ((drawing < 120)) || drawing=120
 training=$(($(left) - drawing - 40)) # reading the data and the last grid take up to 40

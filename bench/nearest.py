@@ -2,23 +2,23 @@
 Learned, not memorised? How far drawn MNIST digits are from the nearest training picture.
 
     pip install -r requirements.txt matplotlib
-    python bench/nearest.py out/cfm/digits.npz    # files of sample.py; draws assets/nearest.png
-    python bench/nearest.py out/cfm/digits.npz out/ddpm/digits.npz --n=1000      # two, and faster
+    python bench/nearest.py out/cfm/digits.npz    # files from sample.py; draws assets/nearest.png
+    python bench/nearest.py out/cfm/digits.npz out/ddpm/digits.npz --n=1000      # two files, faster
 
 For each digit it finds the nearest of the 60,000 training pictures, by two distances:
-    pixels       euclidean, of pixels between 0 and 1
-    features     euclidean, of the features of quality.py's classifier, which care less where
+    pixels       Euclidean, between pixels in [0, 1]
+    features     Euclidean, between features of quality.py's classifier, which care less where
                  exactly a stroke lies. Their units mean nothing elsewhere
 A row of the table gives quantiles of these distances for a set of digits:
     a file             its first 4,000 digits (n)
     test digits        the first 4,000. No model has seen them: a model that has learned draws
                        digits about as far away, and one that copies draws nearer ones
-    training digits    4,000 at random, the same ones each time. Each is compared with all others
-                       but itself. The classifier has seen them, and not the test digits
+    training digits    4,000 at random, the same ones each time. Each is compared with all others.
+                       The classifier has seen them, but not the test digits
 The plot shows how many digits are within each distance. Below are the ten digits of the first file
-that are nearest to a training picture in pixels, each above that picture. Most are ones, as these
-differ least. The 10% quantile in pixels lies between the ones and the rest, so it depends on their
-share: sample.py draws a tenth of ones, MNIST has 11%.
+that are nearest to a training picture in pixels, each above that picture. Most are ones, which vary
+least. The 10% quantile in pixels lies between the ones and the rest, so it depends on their share:
+10% in what sample.py draws, 11% in MNIST.
 
 If a set has fewer than n digits, the others are cut to its size. The classifier is trained first if
 data_dir does not have it. The rest takes a minute or two on one CPU core, and 3 GB of memory.
@@ -38,7 +38,7 @@ from quality import load_judge, look, read_pictures
 
 # -----------------------------------------------------------------------------
 n = 4000                     # how many digits of each set
-data_dir = "data"            # of MNIST, and of the classifier once trained
+data_dir = "data"            # holds MNIST, and the classifier once trained
 picture = "assets/nearest.png"
 device = "cpu"
 # -----------------------------------------------------------------------------
@@ -55,7 +55,7 @@ def nearest(points, train, own=None):
     """
     (distances (N,), indices (N,)) from points (N, D) to the nearest of train (M, D).
 
-    own (N,) are the points' own indices if they are of train: each is compared with all others.
+    own (N,) are the points' indices if they are from train: each is compared with all others.
     In float32 the distance of a copy would not be 0, because cdist subtracts large numbers.
     """
     distances, indices = [], []
@@ -111,12 +111,12 @@ if __name__ == "__main__":
     files = [a for a in sys.argv[1:] if a.endswith(".npz") and not a.startswith("--")]
     configure(globals(), LIMITS, [a for a in sys.argv[1:] if a not in files])
     if not files:
-        fail("which digits? Name one .npz file of sample.py or more")
+        fail("which digits? Name at least one .npz file from sample.py")
     if not picture.endswith(".png"):
         fail(f"--picture={picture} must end in .png")
     drawn = {file: read_pictures(file)[0] for file in files}
     device, *_ = choose_machine(device)
-    with explained("the plot: "):                     # before minutes of work
+    with explained("the plot: "):                     # fails before minutes of work
         import matplotlib
 
         matplotlib.use("Agg")

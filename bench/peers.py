@@ -1,5 +1,5 @@
 """
-The MNIST recipes of four other projects beside cfm.py and ddpm.py: same minutes, machine, judge.
+The MNIST recipes of four other projects against cfm.py and ddpm.py: same time, machine and judge.
 
     pip install -r requirements.txt -r bench/requirements.txt
     pip install --no-deps torchcfm labml-nn denoising-diffusion-pytorch
@@ -7,22 +7,22 @@ The MNIST recipes of four other projects beside cfm.py and ddpm.py: same minutes
     python bench/peers.py --peers=torchcfm,cfm --minutes=3   # only these, and shorter
 
 Each recipe is what its project documents; its docstring below says what had to change. The models
-are trained one after another, then sampled with few evaluations each: their own samplers, of
-up to 1000, would take hours here. The pictures stay in out_dir, for bench/quality.py. A row of the
+are trained one after another, then sampled with few evaluations: their own samplers take up to
+1000, which would take hours here. The pictures stay in out_dir, for bench/quality.py. A row of the
 table gives
     minutes       of the training loop. Imports and reading data do not count. All else does,
-                  with cfm and ddpm also their evaluations, grids and checkpoints
-    iterations    done in these minutes; s/step: the seconds that one took
-    evaluations   of the model for a picture drawn
+                  including the evaluations, grids and checkpoints of cfm and ddpm
+    iterations    done in these minutes; s/step: seconds per iteration
+    evaluations   of the model per picture drawn
     pictures      drawn: all that were asked for, or as many as sampling_minutes allow
     x floor       their distance to the test set, as a multiple of the floor, see bench/quality.py.
-                  The fewer pictures, the larger: the row of training images says how good n_samples
-                  can be, and a row with fewer pictures than that is at a disadvantage, in coverage
-                  too
+                  It grows as pictures get fewer: the row of training images shows the best that
+                  n_samples can reach, and a row with fewer pictures is at a disadvantage, in
+                  coverage too
     recognised    the share classified as the digit asked for; -: the recipe has no labels
-    coverage      the share of test images that have a drawn one near
-Some of these models were made for hours on GPUs. The table says what one gets on a small
-machine in a short time, and nothing about how good they become in the end.
+    coverage      the share of test images with a drawn one nearby
+Some of these models were meant to train for hours on GPUs. The table shows what you get on a small
+machine in a short time, not how good they become in the end.
 """
 import contextlib
 import csv
@@ -55,9 +55,9 @@ minutes = 10.0               # of training, each
 sampling_minutes = 3.0       # after which a peer draws no further batch
 n_samples = 2000             # pictures to draw
 seed = 1337
-data_dir = "data"            # of MNIST, and of the judge once trained
+data_dir = "data"            # holds MNIST, and the judge once trained
 out_dir = "out/peers"
-device = "cpu"               # on a GPU cfm and ddpm compile and use bfloat16, the recipes do not
+device = "cpu"               # on a GPU, cfm and ddpm compile and use bfloat16; the recipes do not
 # -----------------------------------------------------------------------------
 LIMITS = {
     "minutes": (0.01, math.inf),
@@ -65,11 +65,11 @@ LIMITS = {
     "n_samples": (2, math.inf),
     "seed": (0, 2**63 - 1),
 }
-STEPS = 20                   # evaluations of a peer's model for a picture
-MARGIN = [2, 2, 2, 2]        # black pixels around a digit, for recipes of 32 x 32; cut off again
+STEPS = 20                   # evaluations of a peer's model per picture
+MARGIN = [2, 2, 2, 2]        # black pixels around a digit, for 32 x 32 recipes; cropped off again
 
 # A recipe is (model, batch size, step(x, y), draw_peer(y), whether it uses labels). step takes
-# pictures (B, 1, 28, 28) in [-1, 1] and returns its loss; draw_peer draws one for each label of y.
+# pictures (B, 1, 28, 28) in [-1, 1] and returns its loss; draw_peer draws one for each label in y.
 
 
 def stepper(optimizer, loss_of):
@@ -87,7 +87,7 @@ def stepper(optimizer, loss_of):
 def torchcfm():
     """
     github.com/atong01/conditional-flow-matching, examples/images/conditional_mnist.ipynb; ten
-    epochs there. Changed: drawn by DPM-Solver++, not by dopri5, which takes more evaluations.
+    epochs there. Changed: drawn with DPM-Solver++, not dopri5, which takes more evaluations.
     """
     from torchcfm.conditional_flow_matching import ConditionalFlowMatcher as TheirMatcher
     from torchcfm.models.unet import UNetModel
@@ -102,7 +102,7 @@ def torchcfm():
         return (model(t, xt, y) - ut).square().mean()
 
     def draw_peer(y):
-        ours = VelocityField(model, ConditionalFlowMatcher())            # of the same path
+        ours = VelocityField(model, ConditionalFlowMatcher())            # with the same path
         noise = torch.randn(len(y), 1, 28, 28, device=device)
         return draw(ours, noise, y, "dpm++", STEPS)
 
@@ -113,8 +113,8 @@ def labml():
     """
     github.com/labmlai/annotated_deep_learning_paper_implementations, with the settings for MNIST in
     labml_nn/diffusion/ddpm/experiment.py: five epochs, pictures in [0, 1], no labels. Changed:
-    digits get a margin and are not enlarged; drawn by DPM-Solver++, not in 1000 steps, and without
-    the dropout, which theirs leaves on.
+    digits get a margin and are not enlarged; drawn with DPM-Solver++, not in 1000 steps, without
+    dropout, which theirs leaves on.
     """
     from labml_nn.diffusion.ddpm import DenoiseDiffusion as Diffusion
     from labml_nn.diffusion.ddpm.unet import UNet
@@ -203,7 +203,7 @@ def ddpm_pytorch():
     return model, 64, step, draw_peer, False
 
 
-# the recipe, what it imports, and what to install where that is missing
+# the recipe, what it imports, and what to install if that is missing
 RECIPES = {
     "torchcfm": (torchcfm, "torchcfm.models.unet",
                  "-r bench/requirements.txt && pip install --no-deps torchcfm"),
@@ -244,7 +244,7 @@ def run_peer(name, x, y):
 
 
 def run_script(file, *options):
-    """(seconds since it said where its files go, all its output) of a script, on this device."""
+    """(seconds since it printed where its files go, all its output) of a script, on this device."""
     start, said = time.time(), ""
     command = [sys.executable, ROOT / file, *options, f"--device={device}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -258,7 +258,7 @@ def run_script(file, *options):
 
 
 def run_ours(name):
-    """The same of cfm.py or ddpm.py, drawn by sample.py, with the default options."""
+    """The same for cfm.py or ddpm.py, drawn by sample.py, with the default options."""
     def train(max_iters, folder):
         return run_script(f"{name}.py", f"--max_iters={max_iters}", f"--seed={seed}",
                           f"--out_dir={folder}", f"--data_dir={data_dir}", "--overwrite")
@@ -303,7 +303,7 @@ if __name__ == "__main__":
     floor = np.mean(floors(judge, real, x_train))
 
     def columns(x, y):
-        """The last four, of pictures uint8 (N, 1, 28, 28) and labels or None."""
+        """The last four columns, for pictures uint8 (N, 1, 28, 28) and labels or None."""
         distance, recognised, covered, _ = verdict(judge, real, x, y)
         recognised = "-" if math.isnan(recognised) else f"{recognised:.1%}"
         return f"{len(x)} | {distance / floor:.2f} | {recognised} | {covered:.1%}"

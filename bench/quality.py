@@ -1,24 +1,23 @@
 """
-How good are drawn MNIST digits? A classifier, trained here once, judges any .npz of sample.py.
+How good are drawn MNIST digits? A classifier, trained here once, judges any .npz from sample.py.
 
     python sample.py --out_dir=out/cfm --n_samples=10000 --save=out/cfm/digits.npz
     python bench/quality.py out/cfm/digits.npz        # as many files as you like; a row for each
 
-The first run trains the classifier: seeded, some minutes on two cores, then kept in data_dir. A row
+The first run trains the classifier: seeded, in minutes on two cores, then kept in data_dir. A row
 gives
     distance     squared Frechet distance between the classifier's features of the pictures and
                  those of the 10,000 test images
     x floor      the same as a multiple of the floor: the mean distance of six sets of 10,000
                  training images to the test set. The distance itself is in the classifier's units,
                  which mean nothing elsewhere
-    recognised   the share that the classifier assigns to the digit that was asked for (files with
-                 labels)
+    recognised   the share classified as the digit that was asked for (files with labels)
     coverage     the share of test images with a drawn one nearer, in features, than their fifth
                  nearest test image (Naeem et al. 2020, arXiv 2002.09797); the floor's row
-                 says what to hope for
+                 shows the best to expect
     teaches      with --teach=4: the test accuracy of another classifier, trained on these
                  pictures alone for four epochs (Ravuri & Vinyals 2019, arXiv
-                 1905.10887: classification accuracy score). It needs labels, and no judge
+                 1905.10887: classification accuracy score). It needs labels, but no judge
     counts       how many are classified as a 0, a 1, ... a 9
 The classifier was trained on the floor's pictures, so the floor partly reflects what it
 memorised. Fewer than 10,000 pictures are judged too, but the distance then comes out larger:
@@ -40,7 +39,7 @@ from core.machine import choose_machine
 from core.run import save_checkpoint
 
 # -----------------------------------------------------------------------------
-data_dir = "data"            # of MNIST, and of the classifier once trained
+data_dir = "data"            # holds MNIST, and the classifier once trained
 judge_seed = 0               # another seed, another judge: does a result depend on it?
 judge_epochs = 6
 teach = 0                    # epochs of the classifiers that learn from the files; 0: none
@@ -51,9 +50,9 @@ LIMITS = {"judge_epochs": (1, math.inf), "teach": (0, math.inf), "judge_seed": (
 
 class Judge(nn.Module):
     """
-    Ten classes' logits (B, 10) of pictures (B, 1, 28, 28) in [-1, 1].
+    Logits (B, 10) of the ten classes, for pictures (B, 1, 28, 28) in [-1, 1].
 
-    features() is what comes before, (B, 128).
+    features() is the layer before, (B, 128).
     """
 
     def __init__(self):
@@ -94,11 +93,11 @@ def jitter(x):
 
 
 def train(x, y, seed, epochs, batch_size=256, lr=5e-3, name="the judge"):
-    """A judge trained on digits x uint8 (N, 1, 28, 28), their classes y (N,)."""
+    """A judge trained on digits x uint8 (N, 1, 28, 28) of classes y (N,)."""
     torch.manual_seed(seed)
     judge = Judge().to(x.device, memory_format=torch.channels_last)
     batch_size = min(batch_size, len(x))
-    batches = len(x) // batch_size                # whole ones, in an epoch
+    batches = len(x) // batch_size                # full ones per epoch
     optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * batches)
     for epoch in range(epochs):
@@ -121,12 +120,12 @@ def look(judge, x):
 
 
 def frechet(a, b):
-    """Squared Frechet distance between Gaussians of the same moments as a and b, (N, D) each."""
+    """Squared Frechet distance between Gaussians with the moments of a and b, (N, D) each."""
     return frechet_of_moments(a.mean(0), torch.cov(a.T), b.mean(0), torch.cov(b.T))
 
 
 def frechet_of_moments(mean_a, cov_a, mean_b, cov_b):
-    """The same, of means (D,) and covariances (D, D)."""
+    """The same, from means (D,) and covariances (D, D)."""
     # the trace of the root of cov_a cov_b, whose eigenvalues are not negative: both are covariances
     root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
     shift = (mean_a - mean_b).square().sum()
@@ -157,13 +156,13 @@ def load_judge(data_dir, seed=0, epochs=6, device="cpu"):
 
 
 def floors(judge, real, x):
-    """The distance of each 10,000 training images of x to the test set, whose features are real."""
+    """Distances of each 10,000 training images of x to the test set, given its features real."""
     return [frechet(look(judge, part)[0], real) for part in x.split(10_000)]
 
 
 def verdict(judge, real, x, y=None):
     """
-    (distance, share recognised or nan, coverage, counts (10,)), real being the test set's features.
+    (distance, share recognised or nan, coverage, counts (10,)); real: the test set's features.
 
     Pictures x are uint8 (N, 1, 28, 28), labels y (N,) or None.
     """
@@ -174,7 +173,7 @@ def verdict(judge, real, x, y=None):
 
 
 def read_pictures(file):
-    """(x uint8 (N, 1, 28, 28), y (N,) or None) of an .npz file; calls fail() if it holds others."""
+    """(x uint8 (N, 1, 28, 28), y (N,) or None) from an .npz file; calls fail() if it is unfit."""
     with explained(f"{file}: "):
         arrays = np.load(file)
         x = torch.tensor(arrays["arr_0"])
@@ -198,7 +197,7 @@ if __name__ == "__main__":
         judge, splits = load_judge(data_dir, judge_seed, judge_epochs, device)
     (x_train, y_train), (x_test, y_test) = splits
     real, classes = look(judge, x_test)
-    print(f"the judge knows {(classes == y_test).float().mean():.2%} of the test set")
+    print(f"the judge gets {(classes == y_test).float().mean():.2%} of the test set right")
     floor = np.mean(floors(judge, real, x_train))
     print(f"{'':40} {'pictures':>8} {'distance':>9} {'x floor':>8} {'recognised':>10} "
           f"{'coverage':>8} {'teaches':>8}  counts")
@@ -214,4 +213,4 @@ if __name__ == "__main__":
         print(f"{name[-40:]:40} {len(x):8} {distance:9.3f} {distance / floor:8.2f} "
               f"{recognised:10.2%} {covered:8.2%} {taught:8.2%}  " + " ".join(map(str, counts)),
               flush=True)
-    print(f"the floor, the mean of six times 10,000 training images: {floor:.3f}")
+    print(f"the floor, the mean over six sets of 10,000 training images: {floor:.3f}")

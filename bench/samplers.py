@@ -4,14 +4,14 @@ How many evaluations does a good picture take? Each sampler with 1, 2, 4 ... 64 
     pip install -r requirements.txt -r bench/requirements.txt
     python bench/samplers.py                # of out/cfm and out/ddpm; draws assets/samplers.png
     python bench/samplers.py --runs=out/cfm --n_samples=500     # of one run, and faster
-    python bench/samplers.py --runs=out/cfm,out/cfm-1,out/ddpm,out/ddpm-1,out/one-step    # of seeds
+    python bench/samplers.py --runs=out/cfm,out/cfm-1,out/ddpm,out/ddpm-1,out/one-step  # more seeds
 
-Runs of one method should differ in their seed only. Their mean is shown, with the range from least
-to most. Runs of cfm.py with --spans are a group of their own, one_step: only meanflow draws there.
+Runs of one method should differ in their seed only. Their mean is shown, with the range. Runs of
+cfm.py with --spans are a group of their own, one_step: only meanflow can draw from them.
 
 All samplers start from the same noise. It prints the distance to the test set as a multiple of
-the floor and the share recognised, see bench/quality.py. The distance is larger than that of 10,000
-pictures, so compare within the tables only. An entry takes as many steps as its evaluations of
+the floor and the share recognised, see bench/quality.py. Fewer than 10,000 pictures have a larger
+distance, so compare only within the tables. An entry takes as many steps as its evaluations of
 the model allow. For midpoint and rk4 with cfm.py that may be none. For heun, and for every
 sampler with ddpm.py, it is at least the last step, straight to the data, which takes one.
 """
@@ -37,21 +37,21 @@ samplers = "ddim,dpm++,heun,meanflow"    # those that fit the run; "": all
 n_samples = 2000
 batch_size = 250
 seed = 0
-data_dir = "data"            # of MNIST, and of the judge once trained
+data_dir = "data"            # holds MNIST, and the judge once trained
 picture = "assets/samplers.png"
 device = "auto"
 # -----------------------------------------------------------------------------
 LIMITS = {"n_samples": (2, math.inf), "batch_size": (1, math.inf), "seed": (0, 2**63 - 1)}
 EVALUATIONS = (1, 2, 4, 8, 16, 32, 64)
-CHOICES = [sampler for sampler in SAMPLERS if sampler != "dopri5"]     # whose steps are its own
+CHOICES = [sampler for sampler in SAMPLERS if sampler != "dopri5"]     # it chooses its own steps
 STYLES = {"cfm.py": "o-", "ddpm.py": "s--", "one_step": "D:"}          # of each group of runs
-OF_A_STEP = {"midpoint": 2, "heun": 2, "rk4": 4}     # evaluations, where it is not one
+OF_A_STEP = {"midpoint": 2, "heun": 2, "rk4": 4}     # evaluations, if not one
 
 
 def steps_for(sampler, evaluations, is_ddpm):
-    """The most steps that take no more than these evaluations of the model; 0 if there are none."""
+    """The most steps that this many evaluations of the model allow; 0 if there are none."""
     each = OF_A_STEP.get(sampler, 1)
-    single = is_ddpm + (sampler == "heun")           # steps at the end that take one
+    single = is_ddpm + (sampler == "heun")           # last steps, of one evaluation each
     if evaluations <= single:
         return evaluations
     return single + (evaluations - single) // each
@@ -61,7 +61,7 @@ def load(run):
     """(group, model, method, its samplers) of a run; calls fail() if it cannot be judged."""
     checkpoint = load_checkpoint(Path(run, "ckpt.pt"))
     if checkpoint["method"] not in ("ddpm", "cfm"):
-        fail(f"{run} is of another method: {checkpoint['method']}")
+        fail(f"{run} is from another method: {checkpoint['method']}")
     is_mnist = checkpoint["picture_shape"] == (1, 28, 28)
     if not is_mnist or checkpoint["model_args"]["num_classes"] != 10:
         fail(f"{run} is no run of MNIST with labels, which the judge needs")
@@ -75,7 +75,7 @@ def load(run):
     fitting = [sampler for sampler in samplers.split(",")
                if sampler not in others and (sampler == "meanflow") == one_step]
     if not fitting:
-        fail(f"--samplers={samplers}: none of them is for {run}")
+        fail(f"--samplers={samplers}: none of them fits {run}")
     name = "one_step" if one_step else f"{checkpoint['method']}.py"
     print(f"{run}: {name}, iteration {checkpoint['iteration']}, {', '.join(fitting)}", flush=True)
     return name, model, method, fitting
@@ -116,7 +116,7 @@ def curves(method, model, is_ddpm, samplers, judge):
 
 
 def over_runs(group, sampler):
-    """Mean, least and most of a sampler's points, (points, 3) each; group has a curves() a run."""
+    """Mean, min and max of a sampler's points, (points, 3) each; group: one curves() per run."""
     points = np.array([found[sampler] for found in group])
     return points.mean(0), points.min(0), points.max(0)
 
@@ -173,7 +173,7 @@ if __name__ == "__main__":
     fitting = {name: own for name, _, _, own in loaded.values()}
     if any(own != fitting[name] for name, _, _, own in loaded.values()):
         fail(f"--runs={runs}: runs of one method must all have a straight path, or none")
-    with explained():                                # before an hour of drawing
+    with explained():                                # fails before an hour of drawing
         import matplotlib
 
         matplotlib.use("Agg")

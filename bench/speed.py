@@ -5,17 +5,17 @@ Where the time of training and sampling goes, compared with the best that this m
     python bench/speed.py ddpm config/cifar10.py --batch_size=32     # any options of the script
     python bench/speed.py ddpm --help                                # lists them
     python bench/speed.py torchcfm config/cifar10.py                 # another project's step,
-    python bench/speed.py diffusers config/cifar10.py                # where it is installed
+    python bench/speed.py diffusers config/cifar10.py                # if it is installed
 
-The step is that of the script, on random pictures of the data set's shape; times are medians. The
+The script's own step runs on random pictures of the data set's shape; times are medians. The
 ceiling is the best of some large convolutions and matrix products, measured in the same run: what a
 network of this kind could reach if nothing but arithmetic took time. A step counts as three forward
 passes. On CUDA everything is measured with and without torch.compile, and in bfloat16 and float32,
-unless --compile or --dtype chooses; utilisation is of the ceiling in the same precision.
+unless --compile or --dtype chooses; utilisation is relative to the ceiling in that precision.
 
-A peer's step is that of its own example: its UNet, loss, optimizer and average, but no schedule of
-the learning rate and no logging. Options give the batch, the precision, compilation, clipping, and
-the UNet's width, blocks per level and dropout. The rest is that of config/cifar10.py.
+A peer's step comes from its own example: its UNet, loss, optimizer and weight average, without the
+learning rate schedule and logging. Options set the batch, the precision, compilation, clipping, and
+the UNet's width, blocks per level and dropout. The rest is as in config/cifar10.py.
 """
 import copy
 import importlib
@@ -80,13 +80,13 @@ def ceiling(device, dtype):
 
 class Step:
     """
-    A step of the script's training, on random pictures of a shape (C, H, W), a call each.
+    Each call is a training step of the script, on random pictures of a shape (C, H, W).
 
-    With by_part, spent holds the seconds of each part of it, a list with an entry for each call. On
-    CUDA the CPU then waits for the end of each part, which makes the whole slower.
+    With by_part, spent lists the seconds of each part of it, with an entry for each call. On CUDA
+    the CPU then waits for each part to end, which makes the whole slower.
     """
     by_part = True
-    inputs = "t", "x"                    # the model's names of a time and a picture
+    inputs = "t", "x"                    # the model's names for a time and a picture
 
     def __init__(self, script, config, shape, num_classes, device, dtype, compiled):
         torch.manual_seed(0)
@@ -123,7 +123,7 @@ class Step:
         self.script.update_average(self.ema, self.model, self.iteration)
 
     def part(self, name, f):
-        """f(), its time being that of the part of this name."""
+        """f(), timed as the part of this name."""
         if not self.by_part:
             return f()
         start = time.perf_counter()
@@ -222,7 +222,7 @@ class Diffusers(Step):
 
 
 PEERS = {"torchcfm": Torchcfm, "diffusers": Diffusers}
-PEER_OPTIONS = {                         # which their UNets are built for
+PEER_OPTIONS = {                         # what their UNets are built for
     "dataset": "cifar10",
     "image_size": 0,
     "conditional": False,
@@ -247,7 +247,7 @@ def time_drawing(step, script, config, shape, device):
 
 
 def measure(kind, script, config, device, dtype, compiled):
-    """Prints the figures of one setting, of a step of this kind."""
+    """Prints the figures of one setting, for a step of this kind."""
     cuda = "cuda" in device
     top = ceiling(device, getattr(torch, dtype))
     if cuda:
@@ -286,7 +286,7 @@ def measure(kind, script, config, device, dtype, compiled):
         launches = sum(e.count for e in events if "LaunchKernel" in e.key) / 3
         print(f"  launches of kernels: {launches:.0f} a step")
     ops = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in events}
-    total = sum(ops.values()) or 1                   # 0 where the driver forbids profiling
+    total = sum(ops.values()) or 1                   # 0 if the driver forbids profiling
     largest = sorted(ops.items(), key=lambda op: -op[1])[:8]
     print("  by operation: " + ", ".join(f"{name[:40].removeprefix('aten::')} {t / total:.0%}"
                                          for name, t in largest))
@@ -307,7 +307,7 @@ if __name__ == "__main__":
         sys.exit()
     if name not in ("cfm", "ddpm", *PEERS):
         fail(f"{name}: the first word is the script to measure, cfm or ddpm, "
-             f"or a peer, {' or '.join(PEERS)}, and then come its options")
+             f"or a peer, {' or '.join(PEERS)}; its options follow")
     script = importlib.import_module("cfm" if name in PEERS else name)
     config = configure(vars(script), TRAINING | script.LIMITS, argv)
     if config["dataset"] not in SHAPES:

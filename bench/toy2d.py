@@ -5,10 +5,10 @@ What optimal pairing gains in two dimensions: I-CFM and OT-CFM, 8 gaussians to m
     python bench/toy2d.py                # about 20 minutes on two cores; draws assets/toy2d.png
     python bench/toy2d.py --seeds=1 --iterations=500 --n_test=1000 --picture=toy.png
 
-For each pairing and seed an MLP is trained. Its flow then carries 10,000 fresh points, by one step
-of Euler's method and by dopri5. It prints, as mean and standard deviation over the seeds:
-    W2^2          squared 2-Wasserstein distance, exact, from where they arrive to 10,000 points of
-                  the target
+For each pairing and seed an MLP is trained. Its flow then carries 10,000 fresh points, in one step
+of Euler's method and with dopri5. It prints, as mean and standard deviation over the seeds:
+    W2^2          exact squared 2-Wasserstein distance between where they arrive and 10,000 points
+                  of the target
     curvature     E int |v|^2 dt / E |x(1) - x(0)|^2 - 1 along dopri5's paths: 0 if all are straight
                   lines at constant speed
 The setting is torchcfm's (sigma 0.1, 3 hidden layers of 64, SELU, AdamW 1e-3), except for the
@@ -79,7 +79,7 @@ class MLP(nn.Module):
 
 
 def wasserstein2(a, b):
-    """The squared distance of two clouds of equally many points, by exact optimal transport."""
+    """The squared distance between two equally large point clouds, by exact optimal transport."""
     import ot
 
     cost = torch.cdist(a.double(), b.double()).square().numpy()
@@ -87,7 +87,7 @@ def wasserstein2(a, b):
 
 
 def measure(job):
-    """Of one model: (W2^2 by one step, by dopri5, curvature, paths of 500 points (51, 500, 2))."""
+    """For one model: (W2^2 by one step, by dopri5, curvature, paths of 500 points (51, 500, 2))."""
     task, pairing, seed, iterations, batch_size, n_test = job
     torch.set_num_threads(1)
     torch.manual_seed(seed)

@@ -1,9 +1,9 @@
 """
-The scripts under test are files one folder up. Tests that take long run only if asked for:
+The scripts under test are one folder up. Slow tests run only on request:
 
     python -m pytest            # without the tests marked slow or long
-    python -m pytest --all      # with the slow ones, of seconds each
-    python -m pytest -m long    # the long ones, of minutes each
+    python -m pytest --all      # also the slow ones: seconds each
+    python -m pytest -m long    # only the long ones: minutes each
 """
 
 import os
@@ -12,19 +12,19 @@ from pathlib import Path
 
 import pytest
 
-# before torch is imported: models as small as here gain nothing by a second thread, and beside
-# other programs threads that wait for each other take minutes
+# must precede the import of torch: a second thread does not speed up models this small, and on a
+# busy machine, threads that wait for each other can take minutes
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all", action="store_true", help="the slow tests too")
+    parser.addoption("--all", action="store_true", help="run the slow tests too")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes seconds, runs only with --all")
-    config.addinivalue_line("markers", "long: takes minutes, runs only if asked for")
+    config.addinivalue_line("markers", "long: takes minutes, runs only with -m long")
 
 
 def pytest_collection_modifyitems(config, items):

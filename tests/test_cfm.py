@@ -101,7 +101,7 @@ def test_pairing_loses_nothing_and_stays_within_each_class():
     pytest.importorskip("scipy")
     x0, x1, y = torch.randn(40, 1, 2, 2), torch.randn(40, 1, 2, 2), torch.arange(40) % 4 - 1
     paired = PATHS["ot"]().pair(x0, x1, y)
-    # which noise each picture got: of its own class, or for one without label, -1, of such a one
+    # index of the noise each picture got: from its own class; -1, no label, counts as a class
     order = [(x0 == p).flatten(1).all(1).nonzero().item() for p in paired]
     assert sorted(order) == list(range(40)) and order != list(range(40))
     assert torch.equal(y[order], y)
@@ -260,7 +260,7 @@ def test_pairing_says_that_it_needs_scipy(path, monkeypatch):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_path_that_calls_itself_straight_is_a_line(path):
-    """Under the same noise the middle of it is the mean of its ends, and only then."""
+    """For fixed noise, its midpoint is the mean of its ends if and only if it is straight."""
     matcher, ends = PATHS[path](0.3), (torch.zeros(4), torch.ones(4), torch.full((4,), 0.5))
     x0, x1, epsilon = torch.randn(3, 4, 2, 3)
     start, end, middle = (matcher.sample_xt(x0, x1, t, epsilon) for t in ends)

@@ -1,4 +1,4 @@
-"""Wrong command lines: a line that helps and exit code 2, before data are read or a folder made."""
+"""Wrong command lines get one helpful line and exit code 2, before data is read or folders made."""
 
 import time
 
@@ -7,7 +7,7 @@ import pytest
 import core.data
 from test_smoke import ROOT, TINY, here, run, run_here
 
-# after the options, a part of the answer
+# options | part of the message
 BOTH = """
 --batch_sise=3 | did you mean batch_size?
 --lr=3 | unknown option
@@ -302,7 +302,7 @@ SAMPLING = [(s, *line) for s, own in (("ddpm", SAMPLE_DDPM), ("cfm", SAMPLE_CFM)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a tiny run of each script, and with files that are no config files."""
+    """A folder with a tiny run of each script, and files that are not config files."""
     cwd = tmp_path_factory.mktemp("commands")
     for script in ("ddpm", "cfm"):
         here(script, *TINY, "--max_iters=1", f"--out_dir={script}", cwd=cwd)
@@ -356,7 +356,7 @@ def test_it_takes_no_longer_than_the_import_and_a_second(script, args, folder):
         assert run(script, args, cwd=folder, ok=False).returncode == code
         return time.time() - start
 
-    for attempt in range(3):  # other work on the machine may disturb one
+    for attempt in range(3):  # other work on the machine may slow one down
         if seconds(args, 2) < seconds("--help", 0) + 1:
             return
-    raise AssertionError("it takes longer")
+    raise AssertionError("it took longer")

@@ -18,7 +18,7 @@ LIMITS = {
 
 @pytest.fixture
 def script(tmp_path):
-    """A script's globals, the file they stand in included."""
+    """A script's globals, including the file that sets them."""
     file = tmp_path / "script.py"
     line = f"# {'-' * 40}\n"
     options = f"{line}count = 3  # how many\n{line}"
@@ -142,7 +142,7 @@ def test_config_file_and_later_arguments(script, tmp_path, monkeypatch):
     (tmp_path / "preset.py").write_text(
         '"""Why."""\n# a comment\ncount = 5\nrate = 1  # an int for a float\nsizes = (7, 8)\n'
     )
-    monkeypatch.chdir(tmp_path.parent)  # found beside the script from elsewhere too
+    monkeypatch.chdir(tmp_path.parent)  # also found beside the script
     config = configure(script, LIMITS, ["--rate=2", "preset.py", "--count=6"])
     assert (config["count"], config["rate"], config["sizes"]) == (6, 1.0, (7, 8))
 
@@ -219,7 +219,7 @@ def test_config_file_may_hold_arithmetic_of_numbers(script, tmp_path, text, valu
 )
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_config_file_as_editors_and_shells_write_it(script, tmp_path, encoding, end):
-    """With a byte order mark or without, as PowerShell's echo does it too."""
+    """With or without a byte order mark; PowerShell's echo writes one."""
     text = f'"""Why."""{end}name = "Schrödinger"  # é{end}count = 5{end}'
     mark = {"utf-16-le": b"\xff\xfe", "utf-16-be": b"\xfe\xff"}.get(encoding, b"")
     (tmp_path / "preset.py").write_bytes(mark + text.encode(encoding))
@@ -238,7 +238,7 @@ def test_a_wrong_line_of_a_config_file_in_utf16_is_told_by_its_number(script, tm
 
 @pytest.mark.parametrize("how", ["equals", "space", "config file"])
 def test_a_tilde_is_the_home_folder(script, tmp_path, monkeypatch, how):
-    """Which a shell does not see after an equals sign; elsewhere in a name it is a letter."""
+    """A shell does not expand it after an equals sign. Elsewhere in a name it is plain text."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for value, expected in (
         ("~/pictures", str(tmp_path / "home" / "pictures")),
@@ -266,10 +266,10 @@ def test_help_is_the_scripts_own_text(script, capsys):
 KEYS = ["count", "rate", "flag", "on", "name", "sizes", "none", "mode", "how", "where"]
 EVENTS = {"exec", "import", "os.system", "os.mkdir", "os.remove"}
 EVENTS |= {"subprocess.Popen", "socket.connect"}
-seen, watching = [], []  # what was executed or opened for writing, while anything is in watching
+seen, watching = [], []  # seen: what is executed or opened for writing while watching is not empty
 
 
-def hook(event, args):  # there is no taking it back
+def hook(event, args):  # audit hooks cannot be removed
     if watching and (event in EVENTS or event == "open" and isinstance(args[1], str)
                      and set(args[1]) & set("wax+")):
         seen.append((event, args))

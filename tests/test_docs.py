@@ -1,4 +1,4 @@
-"""What the documents say: links lead somewhere, and what they name exists."""
+"""The documents: links lead somewhere, and whatever they name exists."""
 
 import ast
 import re
@@ -15,14 +15,14 @@ LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
 
 
 def links(document):
-    """(text, file) of each link to a file of the project, pictures included."""
+    """(text, file) of each link to a file in the project, pictures included."""
     text = (ROOT / document).read_text()
     found = [(words, target.split("#")[0]) for words, target in LINK.findall(text)]
     return [(words, target) for words, target in found if target and "://" not in target]
 
 
 def names_in(path):
-    """Names of functions and classes in a Python file, of methods as Class.method."""
+    """Names of functions and classes in a Python file, and of methods, as Class.method."""
     names = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -57,7 +57,7 @@ def test_the_theory_names_what_it_is_about():
 
 
 def test_the_algorithms_quote_the_code():
-    """Each line of Algorithms 1 and 2 beside the line of ddpm.py that is it."""
+    """Each line of Algorithms 1 and 2 beside the line of ddpm.py that implements it."""
     code, rows = (ROOT / "ddpm.py").read_text(), 0
     for row in (ROOT / "docs" / "mathematics.md").read_text().splitlines():
         if re.match(r"\| [12]\.\d \|", row):
@@ -101,7 +101,7 @@ def test_what_comes_with_the_project_is_small():
 
 
 def test_the_weights_that_come_with_the_project_draw_digits(tmp_path):
-    """Mostly black; of each class alike; and from the same noise nearly the same by both methods."""
+    """Mostly black, alike within a class, and similar for both methods from the same noise."""
     drawn = {}
     for method in ("cfm", "ddpm"):
         where = f"--out_dir={ROOT / 'assets' / method}"

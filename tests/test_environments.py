@@ -1,4 +1,4 @@
-"""Where people run the scripts: other writers, terminals, variables; and as parts of other projects."""
+"""Environments: other writers, terminals, variables; and the scripts as part of other projects."""
 
 import copy
 import datetime
@@ -32,7 +32,7 @@ def ran(tmp_path_factory):
     return cwd
 
 
-# ---- a machine that others use, too ----
+# ---- a shared machine ----
 
 @pytest.mark.parametrize("threads, ran, noticed", [
     (2, 1.99, False),  # measured alone
@@ -232,7 +232,7 @@ def test_a_grid_that_a_sampler_cannot_draw_does_not_end_a_run(tmp_path, monkeypa
 # ---- as a library ----
 
 def test_a_default_device_makes_no_difference():
-    """The meta device stands for a GPU: a table or an index that lands there by mistake has no values."""
+    """The meta device stands in for a GPU: a tensor that lands there by mistake has no values."""
     x0, x1 = torch.randn(6, 4), torch.randn(6, 4)
     expected = DenoiseDiffusion(None).times(7), DenoiseDiffusion(None).beta
     torch.set_default_device("meta")
@@ -280,7 +280,7 @@ def test_muon_takes_parameter_groups_and_a_closure():
 
 
 def test_the_processes_of_a_run_average_their_losses(tmp_path):
-    """The logged loss of two processes is that of one with as many micro-batches."""
+    """Two processes log the same loss as one with the same number of micro-batches."""
     args = [*TINY, "--max_iters=4", "--learning_rate=0", "--out_dir"]
     together = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run([*together, *command("cfm", *args, "two")[1:]], cwd=tmp_path,

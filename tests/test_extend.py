@@ -40,7 +40,7 @@ STRAIGHT = PARABOLA.replace("straight = False", "straight = True").replace("t**2
 NETWORK = '''
 
 class UNet(nn.Module):
-    """Not a UNet: two convolutions, to which time and class are added. Has none of its attributes."""
+    """Not a UNet: two convolutions with time and class added, and none of its attributes."""
 
     def __init__(self, in_channels=1, num_classes=0, channels=8, **options):
         super().__init__()
@@ -71,7 +71,7 @@ def project(tmp_path):
 
 
 def insert(file, before, text):
-    """text into a file, before the line that begins so."""
+    """Insert text into a file, above the line that starts with before."""
     content = file.read_text()
     assert content.count(f"\n{before}") == 1
     file.write_text(content.replace(f"\n{before}", f"\n{text.lstrip()}{before}"))
@@ -85,7 +85,7 @@ def run(project, script, *args, code=0):
 
 
 def learns(project, script, *args):
-    """Trains for a few steps, draws by the command, and returns what was printed."""
+    """Train for a few steps, draw with sample.py, and return what the training printed."""
     printed = run(project, script, *TINY, "--max_iters=40", "--learning_rate=5e-3", "--out_dir=x", *args)
     rows = [row.split(",") for row in (project / "x" / "log.csv").read_text().splitlines()[1:]]
     held_out = [float(row[4]) for row in rows if row[4]]
@@ -123,7 +123,7 @@ def test_a_straight_path_is_drawn_by_any_sampler(project):
 @pytest.mark.parametrize("network, counted", [(NETWORK, True), (UNCOUNTABLE, False)])
 @pytest.mark.parametrize("script", ["ddpm", "cfm"])
 def test_a_network(project, script, network, counted):
-    """Also one whose operations cannot be counted, which is no mistake: then their number is left out."""
+    """If its operations cannot be counted, that is no error: their number is left out."""
     with open(project / "unet.py", "a") as file:
         file.write(network)
     printed = learns(project, script)

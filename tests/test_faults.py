@@ -1,8 +1,8 @@
 """
 Faults that really happen: a run is killed, its files are damaged, its disk is full, and so on.
 
-Tests of many seconds are marked slow and left out, unless asked for: python -m pytest --all
-Tests of several minutes are marked long and left out, too: python -m pytest -m long
+Tests that take many seconds are marked slow, and run only with: python -m pytest --all
+Tests that take several minutes are marked long, and run only with: python -m pytest -m long
 """
 
 import csv
@@ -42,7 +42,7 @@ def nothing_goes_on_after_a_test():
 
 
 def start(script, *args, cwd, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)):
-    """By default as from a terminal, also if these tests run under nohup."""
+    """By default as if from a terminal, even if these tests run under nohup."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command(script, *args), cwd=cwd, preexec_fn=preexec_fn, **pipes)
     STARTED.append(process)
@@ -71,7 +71,7 @@ def assert_same_run(a, b):
     "kills", [pytest.param(3, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.long)]
 )
 def test_killed_at_random_moments_nothing_whole_is_lost(kills, tmp_path):
-    """SIGKILL, while it mostly writes: what is there is whole, the end is that of one run."""
+    """SIGKILL, mostly during writes: every file left is whole, and the end is as without kills."""
     args = [*TINY, "--max_iters=1000000", "--decay_lr=false",
             "--eval_interval=2", "--log_interval=3", "--out_dir=x"]
     ckpt, reached, in_writing, draw = tmp_path / "x" / "ckpt.pt", 0, 0, random.Random(kills)
@@ -102,7 +102,7 @@ def test_killed_at_random_moments_nothing_whole_is_lost(kills, tmp_path):
 
 @pytest.fixture(scope="module", params=["ddpm", "cfm"])
 def straight(request, tmp_path_factory):
-    """(script, options, folder) of a run with all that is random on, and accumulation."""
+    """(script, options, folder) of a run with everything random switched on, and accumulation."""
     args = [*TINY, "--max_iters=40", "--dropout=0.2", "--label_dropout=0.3", "--flip"]
     args += ["--gradient_accumulation_steps=2"]
     cwd = tmp_path_factory.mktemp(request.param)
@@ -122,7 +122,7 @@ def straight(request, tmp_path_factory):
 def test_interrupted_anywhere_a_run_ends_as_if_it_had_not_been(
     straight, stops, tmp_path, monkeypatch
 ):
-    """Stopped by SIGTERM after the iterations named, and gone on with."""
+    """Stopped by SIGTERM after the given iterations, and resumed each time."""
     script, args, whole = straight
     clip, iteration = torch.nn.utils.clip_grad_norm_, [0]
 
@@ -160,7 +160,7 @@ def test_another_max_iters_goes_on_by_the_schedule_of_that_run_and_says_so(tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_asked_to_stop_while_a_grid_is_drawn(number, tmp_path):
-    """All of it at once, which spares minutes."""
+    """The grid is one batch, which saves minutes."""
     args = [*TINY, "--sampler=ancestral", "--eval_interval=4", "--max_iters=100", "--out_dir=x"]
     args += ["--batch_size=100"]
     process = start("ddpm", *args, cwd=tmp_path)
@@ -179,7 +179,7 @@ class Hostile:
 
 
 def bad_checkpoints(whole):
-    """(what it is, bytes) of files that are no checkpoint, though some begin as one."""
+    """(what it is, bytes) of files that are not checkpoints, though some begin like one."""
     for share in (0.999, 0.5, 0.1, 0.001):
         yield f"cut to {share}", whole[: int(len(whole) * share)]
     yield "empty", b""
@@ -249,12 +249,12 @@ def test_a_flipped_bit_is_noticed_or_makes_no_difference(ran, tmp_path, capsys):
 
 
 def test_a_flipped_bit_that_hides_a_tensor_is_noticed(ran, tmp_path):
-    """In the file's own directory, one that makes of a tensor a folder, which has no content."""
+    """In the archive's directory, one that turns a tensor into a folder, which has no content."""
     script, cwd = ran
     content = bytearray((cwd / "x" / "ckpt.pt").read_bytes())
     entry = content.index(b"data/3", content.index(b"PK\1\2"))
     entry = content.rindex(b"PK\1\2", 0, entry)
-    content[entry + 38] ^= 0x10  # MS-DOS's mark of a folder
+    content[entry + 38] ^= 0x10  # MS-DOS's flag for a folder
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "ckpt.pt").write_bytes(content)
     args = [*RESUME, "--max_iters=80"]
@@ -269,7 +269,7 @@ def test_a_file_takes_its_place_when_it_is_whole_and_two_writers_do_not_meet(tmp
         assert not path.exists()
         names = [p.name for p in path.parent.iterdir()]
         assert len(names) == 2 and all(re.fullmatch(r"log\.csv\.\w{8}\.tmp", n) for n in names)
-    assert path.read_bytes() == b"one"  # which was done last
+    assert path.read_bytes() == b"one"  # it was closed last
     with pytest.raises(ZeroDivisionError), atomic_write(path) as f:
         f.write(b"half")
         1 / 0
@@ -296,7 +296,7 @@ def test_the_checkpoint_before_the_newest_is_kept_and_can_take_its_place(ran, tm
     assert load_checkpoint(backup_path(ckpt))["iteration"] == 20
     content = bytearray(ckpt.read_bytes())
     half = len(content) // 2
-    for at in range(half, half + 512):  # a bad block of a disk: more than padding
+    for at in range(half, half + 512):  # a bad disk block: larger than any padding
         content[at] ^= 1
     ckpt.write_bytes(content)
     refused(script, *RESUME, cwd=tmp_path,
@@ -341,7 +341,7 @@ def limit(size):
 
 @pytest.mark.slow
 def test_a_full_disk_is_told_and_does_not_end_the_run(tmp_path):
-    """Files may at first not grow beyond 100 kB: the checkpoint does not fit, all else does."""
+    """At first, no file may exceed 100 kB: the checkpoint does not fit, everything else does."""
     args = [*TINY, "--max_iters=1000000", "--decay_lr=false", "--out_dir=x"]
     process = start("cfm", *args, cwd=tmp_path, preexec_fn=limit(100_000))
     wait_for(process, "iteration 44 ")
@@ -375,7 +375,7 @@ def test_a_folder_that_vanishes(in_its_place, tmp_path):
     wait_for(process, "iteration 64 ")
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    if in_its_place == "nothing":  # the folder is made again, the log is whole
+    if in_its_place == "nothing":  # the folder is recreated, the log is complete
         assert process.returncode == 128 + signal.SIGTERM and err == STOPPING
         assert [row[0] for row in log(tmp_path / "x")][1:17] == [str(i) for i in range(4, 68, 4)]
         assert "resuming" in here("ddpm", *RESUME, "--max_iters=200", cwd=tmp_path)
@@ -389,7 +389,7 @@ def test_a_folder_that_vanishes(in_its_place, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("gone", ["full", "closed"])
 def test_a_run_goes_on_where_nobody_can_hear_it(gone, tmp_path):
-    """A full disk under the output, or a closed pipe; also a closed terminal, under nohup."""
+    """Output to a full disk or a closed pipe; also a closed terminal, under nohup."""
     args = [*TINY, "--max_iters=100000", "--decay_lr=false", "--out_dir=x"]
     read, write = os.pipe()
     os.close(read)
@@ -461,7 +461,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_four_processes_and_one_is_killed(tmp_path):
-    """The others end at once and say why; two go on with what was saved."""
+    """The others end at once and say why; two continue from what was saved."""
     args = [*TINY, "--max_iters=1000000", "--decay_lr=false", "--out_dir=x"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     four = [*TORCHRUN, "--nproc_per_node=4", *command("cfm", *args)[1:]]
@@ -530,7 +530,7 @@ def test_memory_for_50000_pictures_does_not_grow_with_their_number(ran, tmp_path
 
 @pytest.mark.long
 def test_an_hour_of_training_neither_slows_down_nor_grows(tmp_path):
-    """NANODIFFUSION_MINUTES shortens it, NANODIFFUSION_RUN makes it one whose result is wanted."""
+    """NANODIFFUSION_MINUTES shortens it, NANODIFFUSION_RUN gives the options of a run to keep."""
     minutes = float(os.environ.get("NANODIFFUSION_MINUTES", "60"))
     default = "--dataset=synthetic --max_iters=10000000 --eval_interval=300"
     args = os.environ.get("NANODIFFUSION_RUN", default).split()
@@ -543,7 +543,7 @@ def test_an_hour_of_training_neither_slows_down_nor_grows(tmp_path):
             process.send_signal(signal.SIGTERM)
             break
     out, err = process.communicate(timeout=120)
-    # 0: the end of a run whose result is wanted
+    # 0: NANODIFFUSION_RUN ran to its end
     assert (process.returncode, err) in [(0, ""), (128 + signal.SIGTERM, STOPPING)]
     speed = [float(row[3]) for row in list(csv.reader((tmp_path / "x" / "log.csv").open()))[1:]]
     third = len(speed) // 3

@@ -1,10 +1,10 @@
 """
-What can be proven of the GPU path without a GPU.
+What can be proven about the GPU path without a GPU.
 
-On torch's fake tensors of a device "cuda", which have shapes, types and a device but no values, the
-code of a training step and of the samplers runs as it is. A tensor on the wrong device raises there,
-and so does reading a value back, for which the CPU would wait. Autograd does not run there, so
-gradients are handed in. Kernels launched are counted, too.
+The code of a training step and of the samplers runs unchanged on torch's fake tensors, which have a
+shape, a type and the device "cuda", but no values. A tensor on the wrong device raises an error, as
+does reading a value back, which would make the CPU wait. Autograd does not work on them, so the
+tests supply the gradients. Kernel launches are counted, too.
 """
 import copy
 import importlib.util
@@ -33,7 +33,7 @@ from unet import Muon, UNet, newton_schulz, orthogonalize, orthogonalize_at_once
 
 
 def untouched(name):
-    """The script as a module of its own: other tests set the globals of the usual one."""
+    """The script as a separate module: other tests change the globals of the usual one."""
     spec = importlib.util.spec_from_file_location(f"untouched_{name}", ROOT / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -52,7 +52,7 @@ NO_LAUNCH = ("view", "_unsafe_view", "expand", "transpose", "permute", "unbind",
 
 
 class Launches(TorchDispatchMode):
-    """Counts operations that launch a kernel; refuses those for which the CPU waits for the GPU."""
+    """Counts operations that launch a kernel; refuses those that make the CPU wait for the GPU."""
 
     def __init__(self):
         super().__init__()
@@ -94,7 +94,7 @@ def on_cuda(script, shape, build_options=()):
     for p in model.parameters():
         if p.dim() == 4:
             p.data = p.data.contiguous(memory_format=torch.channels_last)
-    with unset_fake_temporarily():                   # ddpm's tables are made of real numbers
+    with unset_fake_temporarily():                   # ddpm's tables need real values
         method = script.build(model, config)
     for name, value in vars(method).items():
         if torch.is_tensor(value):
@@ -128,7 +128,7 @@ def test_two_steps_of_training_mix_no_devices_and_wait_for_nothing(
     pictures = torch.empty(1000, shape.get("in_channels", 1), side, side, dtype=torch.uint8,
                            device="cuda")
     labels = torch.zeros(1000, dtype=torch.long, device="cuda")
-    noise = pictures.half() if shape is SPANS else None          # as of pairs
+    noise = pictures.half() if shape is SPANS else None          # as with pairs
     seen, attention = set(), torch.nn.functional.scaled_dot_product_attention
 
     def recording(q, k, v):
@@ -172,7 +172,7 @@ def test_the_proof_notices_what_it_is_to_notice(fake):
 @pytest.mark.parametrize("sampler", [*sample.SAMPLERS, "ancestral", "ddim eta"])
 def test_samplers_mix_no_devices_and_wait_for_nothing(script, guidance, sampler, fake):
     if (script, sampler) in [("cfm", "ancestral"), ("ddpm", "meanflow")]:
-        pytest.skip("of the other script")
+        pytest.skip("not in this script")
     spans = 0.5 if sampler == "meanflow" else 0.0
     _, method = on_cuda(SCRIPTS[script], DEFAULT | {"spans": spans}, {"n_steps": 6, "spans": spans})
     noise = torch.empty(4, 1, 28, 28, device="cuda")
@@ -206,12 +206,12 @@ def test_all_kernels_at_once_are_orthogonalised_as_each_alone():
     for a, b, kernel in zip(orthogonalize(some), orthogonalize_at_once(some), some):
         alone = newton_schulz(kernel.flatten(1)[None])[0].reshape(kernel.shape)
         assert torch.allclose(a, alone, atol=1e-5) and torch.allclose(b, alone, atol=1e-5)
-        assert b.stride() == kernel.stride()         # or adding it to the weights takes a launch each
+        assert b.stride() == kernel.stride()         # or adding each to its weights takes a launch
 
 
 def test_the_optimizer_and_the_average_take_few_launches(fake):
     """
-    Muon took 390 launches before all kernels went together. Clipping goes by foreach, as by default
+    Muon took 390 launches before it handled all kernels at once. Clipping uses foreach, the default
     on a real GPU.
     """
     model, _ = on_cuda(cfm, DEFAULT)
@@ -231,9 +231,9 @@ def test_the_optimizer_and_the_average_take_few_launches(fake):
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_a_compiled_step_takes_at_most_300_launches():
     """
-    The compiled model's calls of kernels, as compiled here for the CPU, and the rest as counted.
+    Kernel calls of the model, compiled for the CPU here, plus the counted launches of the rest.
 
-    On a GPU, fusion differs: an H200 launched 604, and 78 as CUDA graphs, see bench/README.md.
+    On a GPU, fusion differs: an H200 launched 604, and 78 with CUDA graphs, see bench/README.md.
     """
     code = """
 import re, torch, cfm
@@ -305,7 +305,7 @@ NO_COMPILER = {"PATH": "/nowhere", "CXX": "", "CC": ""}
 
 @pytest.mark.parametrize("required", [True, False])
 def test_without_a_compiler_a_run_goes_on_or_says_why_not(required, tmp_path):
-    """--compile=auto is not required, --compile=true is."""
+    """--compile=true requires one, --compile=auto does not."""
     code = f"from core.machine import try_to_compile; print(try_to_compile('cpu', {required}))"
     env = os.environ | NO_COMPILER | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env,

@@ -1,4 +1,4 @@
-"""Mean velocities over spans of time, against the flow of a Gaussian, which is known."""
+"""Mean velocities over spans of time, against the known flow of a Gaussian."""
 
 import copy
 
@@ -20,8 +20,8 @@ def width(t):
 
 def exact(t, x, y=None):
     """
-    The flow leads from x at t to s M + width(s) / width(t) (x - t M) at s; this is its mean
-    velocity. With t (B,) it is the velocity itself.
+    The flow takes x at t to s M + width(s) / width(t) (x - t M) at s. Returns its mean velocity in
+    between, or for t (B,) the velocity itself.
     """
     t, s = t.unbind(1) if t.dim() == 2 else (t, t)
     t, s = (expand_like(v.double(), x) for v in (t, s))
@@ -44,7 +44,7 @@ def test_one_step_of_exact_mean_velocities_is_the_whole_flow(steps):
 
 @pytest.mark.parametrize("part", ["spans", "all"])
 def test_the_exact_mean_velocity_has_the_smallest_loss(part):
-    """Also among those that are wrong for spans only, where the identity v = u - (s - t) du/dt counts."""
+    """Also among models wrong on spans only, where the identity v = u - (s - t) du/dt decides."""
     torch.manual_seed(0)
     x1 = M + S * torch.randn(20_000, 1)
     losses = []
@@ -61,7 +61,7 @@ def test_the_exact_mean_velocity_has_the_smallest_loss(part):
 
 
 def test_the_target_takes_no_gradient():
-    """Only through u(x_t, t, s) itself does the loss depend on the model."""
+    """The loss has a gradient only through u(x_t, t, s) itself."""
     calls, x1 = [], torch.randn(8, 1, 8, 8)
     model = UNet(channels=8, spans=True)
     torch.nn.init.normal_(model.conv_out.weight, std=0.1)
@@ -94,7 +94,7 @@ def test_without_spans_nothing_is_computed_or_different():
 
 
 def test_evaluation_is_of_the_velocity_alone():
-    """Where times are given, as in evaluate(), the loss is that of flow matching."""
+    """If times are given, as in evaluate(), the loss is plain flow matching's."""
     x1, x0, u = torch.randn(3, 6, 1, 4, 4)[0], torch.randn(6, 1, 4, 4), torch.rand(6)
     given = field(exact).loss(x1, noise=x0, u=u)
     assert given == field(exact, spans=0.0).loss(x1, noise=x0, u=u)
@@ -113,7 +113,7 @@ def test_the_model_takes_times_and_spans_and_is_smooth():
     torch.manual_seed(0)
     model = UNet(channels=8, spans=True).eval()
     for p in model.parameters():
-        if p.abs().max() == 0:  # else it starts by predicting 0, and by ignoring spans
+        if p.abs().max() == 0:  # otherwise it predicts 0 and ignores spans at first
             torch.nn.init.normal_(p, std=0.1)
     x, t = torch.randn(5, 1, 8, 8), torch.rand(5) * 0.9
     at_once = model(t=torch.stack([t, t], 1), x=x)

@@ -1,4 +1,4 @@
-"""Pictures with the noise that led to them: kept by sample.py, trained on by both scripts."""
+"""Pictures with the noise they were drawn from: kept by sample.py, trained on by both scripts."""
 
 import numpy as np
 import pytest
@@ -38,10 +38,10 @@ def test_the_noise_that_is_kept_leads_to_its_picture(pairs):
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("n", [5, 300])
 def test_noise_stays_with_its_picture(n, dtype, tmp_path):
-    """However they are shuffled and split. Of fewer than ten, all are in both parts."""
+    """However they are shuffled and split. Fewer than ten are all in both parts."""
     rng = np.random.default_rng(0)
     x = rng.integers(0, 256, (n, 3, 2, 1), dtype=np.uint8)
-    np.savez(tmp_path / "x.npz", arr_0=x, noise=(x / 64).astype(dtype))  # told by its picture
+    np.savez(tmp_path / "x.npz", arr_0=x, noise=(x / 64).astype(dtype))  # known from its picture
     data = load_data(str(tmp_path / "x.npz"))
     x_train, y_train, x_val, y_val, noise_train, noise_val = place(data, "cpu")
     assert len(x_train) + len(x_val) == (300 if n == 300 else 10)
@@ -85,7 +85,7 @@ def test_options_that_would_part_noise_and_pictures_are_refused(script, option, 
 
 @pytest.mark.parametrize("script", ["ddpm", "cfm"])
 def test_a_model_of_pairs_draws_with_no_new_noise(script, pairs):
-    """Its pictures depend on theirs. Other models may, and checkpoints older than pairs."""
+    """Other models may add noise, and so may checkpoints from before there were pairs."""
     where = f"--out_dir=pairs-{script}"
     here(script, *TINY, "--dataset=pairs.npz", "--max_iters=1", where, "--overwrite", cwd=pairs)
     renewing = [["--sampler=ddim", "--eta=1"]] + [["--sampler=ancestral"]] * (script == "ddpm")
@@ -109,7 +109,7 @@ def test_noise_is_kept_in_an_npz_and_only_if_it_is_all_there_is(options, pairs):
 
 @pytest.mark.parametrize("script", ["ddpm", "cfm"])
 def test_training_and_evaluation_take_the_noise_of_each_picture(script, pairs, monkeypatch):
-    """Of the loss function's arguments, the noise is the one that the picture was saved with."""
+    """The loss gets each picture with the noise that it was saved with."""
     module = __import__(script)
     known = np.load(pairs / "pairs.npz")
     partners = {x.tobytes(): noise for x, noise in zip(known["arr_0"], known["noise"])}
@@ -128,7 +128,7 @@ def test_training_and_evaluation_take_the_noise_of_each_picture(script, pairs, m
     args = [*TINY, "--dataset=pairs.npz", "--learning_rate=0", "--overwrite", f"--out_dir={script}"]
     first = here(script, *args, "--max_iters=2", cwd=pairs)
     assert "60 pictures" not in first and "iteration 2 of 2" in first
-    # another noise for the same pictures: other losses, in training and in evaluation
+    # other noise for the same pictures: different losses, in training and in evaluation
     np.savez(pairs / "other.npz", arr_0=known["arr_0"], arr_1=known["arr_1"], noise=-known["noise"])
     args[args.index("--dataset=pairs.npz")] = "--dataset=other.npz"
     second = here(script, *args, "--max_iters=2", cwd=pairs)
@@ -146,14 +146,14 @@ def test_a_stopped_run_on_pairs_goes_on_as_if_it_had_not_been(options, pairs):
     here("cfm", *resumed, cwd=pairs)
     once, twice = (checkpoint(pairs / name) for name in ("once", "twice"))
     assert all(torch.equal(a, b) for a, b in zip(flat(once), flat(twice)))
-    # the same pictures with other noise are other data
+    # the same pictures with other noise count as other data
     known = np.load(pairs / "pairs.npz")
     np.savez(pairs / "other.npz", arr_0=known["arr_0"], arr_1=known["arr_1"], noise=-known["noise"])
     refused("cfm", *resumed[:2], "--max_iters=9", "--dataset=other.npz", cwd=pairs, message="but other pictures")
 
 
 def test_over_the_whole_way_the_mean_velocity_of_pairs_is_their_difference():
-    """Two spans of three are whole, their target is x1 - x0, and they need no other evaluation."""
+    """Two spans in three go all the way: their target is x1 - x0, without further evaluations."""
     calls = []
 
     def model(t, x, y):
@@ -172,7 +172,7 @@ def test_over_the_whole_way_the_mean_velocity_of_pairs_is_their_difference():
 
 
 def test_learned_from_pairs_one_step_leads_where_the_flow_does():
-    """Of data 0.3 + 0.5 noise, where that is the exact pair: a linear model learns to be the flow."""
+    """From exact pairs, with data = 0.3 + 0.5 noise, a linear model learns the flow."""
     torch.manual_seed(0)
     a, b = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
     field = VelocityField(lambda t, x, y: a * x + b, ConditionalFlowMatcher(), spans=1.0)
@@ -192,7 +192,7 @@ def test_learned_from_pairs_one_step_leads_where_the_flow_does():
 
 @pytest.mark.parametrize("script", ["ddpm", "cfm"])
 def test_a_run_begins_with_the_averaged_weights_of_another(script, pairs):
-    """At a learning rate of 0 they stay. Layers that the other run had not are new, and named."""
+    """A learning rate of 0 keeps them as they are. Layers that the other run lacks are named."""
     still = [*TINY, "--max_iters=1", "--learning_rate=0", "--label_dropout=0"]
     here(script, *TINY, "--max_iters=20", f"--out_dir={script}-first", cwd=pairs)
     printed = here(script, *still, f"--init_from={script}-first", f"--out_dir={script}-second", cwd=pairs)

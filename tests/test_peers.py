@@ -1,5 +1,5 @@
 """
-The peers as oracles, where they are installed:
+The peers as oracles, if they are installed:
 
     pip install -r bench/requirements.txt
     pip install --no-deps torchcfm labml-nn labml labml-helpers denoising-diffusion-pytorch
@@ -18,7 +18,7 @@ from unet import UNet
 
 SIGMAS = [0, 0.0, 5e-4, 0.5, 1, 1.5]
 SHAPES = [(6, 2), (6, 3, 4), (6, 1, 5, 4)]
-TORCHCFMS_SHAPES = [(128, 1), (128, 2), (128, 1, 2), (128, 3, 4, 5)]  # of its own tests
+TORCHCFMS_SHAPES = [(128, 1), (128, 2), (128, 1, 2), (128, 3, 4, 5)]  # from its own tests
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def torchcfm():
 
 
 def same(peer, ours, x0, x1):
-    """Both give the same, bit for bit, under one seed."""
+    """Both give the same, bit for bit, with the same seed."""
     results = []
     for matcher in (peer, ours):
         torch.manual_seed(3)
@@ -60,10 +60,10 @@ def test_torchcfm_to_equality(torchcfm, path, sigma, shape):
 @pytest.mark.parametrize("path", ["ot", "sb_exact", "sb"])
 def test_torchcfm_to_equality_after_pairing(torchcfm, path, sigma, shape, monkeypatch):
     """
-    With noise as ours is paired, all is equal.
+    Given the noise that ours paired, everything is equal.
 
-    By design ours keeps each picture once, where torchcfm draws pairs with replacement, and takes
-    labels as y= in place of a guided_sample_location_and_conditional_flow().
+    By design, ours keeps each picture once, while torchcfm draws pairs with replacement, and takes
+    labels as y=, not through guided_sample_location_and_conditional_flow().
     """
     name = type(PATHS[path](0.5)).__name__
     options = {"ot_method": "sinkhorn"} if path == "sb" else {}
@@ -75,7 +75,7 @@ def test_torchcfm_to_equality_after_pairing(torchcfm, path, sigma, shape, monkey
     ours, x0, x1 = PATHS[path](sigma), torch.randn(shape), torch.randn(shape)
     peer = getattr(torchcfm, name)(sigma, **options)
     paired = ours.pair(x0, x1)
-    if path != "sb":  # the plan costs the same; in one dimension rounding decides between many
+    if path != "sb":  # the plan costs the same; in one dimension, rounding breaks the ties
         plan = torch.as_tensor(peer.ot_sampler.get_map(x0, x1))
         cost = torch.cdist(x0.flatten(1).double(), x1.flatten(1).double()) ** 2
         own = (paired - x1).double().square().flatten(1).sum(1).mean()
@@ -87,7 +87,7 @@ def test_torchcfm_to_equality_after_pairing(torchcfm, path, sigma, shape, monkey
 
 @pytest.mark.parametrize("sigma", [0.3, 0.5, 1, 2])
 def test_sinkhorn_is_the_plan_of_pot(torchcfm, sigma):
-    """As torchcfm asks for it, at a scale at which POT, not in logarithms, does not underflow."""
+    """As torchcfm calls it, at a scale where POT, which is not in log space, does not underflow."""
     x0, x1 = torch.randn(20, 2), torch.randn(20, 2)
     peer = torchcfm.SchrodingerBridgeConditionalFlowMatcher(sigma, ot_method="sinkhorn")
     plan = torch.as_tensor(peer.ot_sampler.get_map(x0, x1))
@@ -114,7 +114,7 @@ def test_a_class_is_exactly_torchcfms_by_name(torchcfm):
 
 
 def network(x, t, y=None):
-    """Something fixed that uses both, for whoever calls it as (x, t) or by name."""
+    """A fixed function of x and t, to be called as (x, t) or by name."""
     weight = torch.randn(3, 3, 3, 3, generator=torch.Generator().manual_seed(0)) / 6
     of_x = torch.tanh(torch.nn.functional.conv2d(x, weight, padding=1))
     return of_x * (1 + t.reshape(-1, 1, 1, 1) / 1000)
@@ -141,7 +141,7 @@ def test_labml(labml):
         times.append(t)
         return network(x, t)
 
-    peer.eps_model = recording_network  # labml draws the times of its loss: ours gets them
+    peer.eps_model = recording_network  # labml draws times of its own: ours gets the same
     for seed in range(20):
         torch.manual_seed(seed)
         theirs = peer.loss(x0, eps)
@@ -172,7 +172,7 @@ KINDS = [(s, p) for s in OPTIONS for p in PREDICTIONS]
 
 
 def pair_of(scheduler, schedule, prediction, **options):
-    """A scheduler and a DenoiseDiffusion around the same network, and a start."""
+    """A scheduler and a DenoiseDiffusion around the same network, and a starting x."""
     variance = options.pop("variance", "fixedlarge")
     ours = DenoiseDiffusion(network, schedule=schedule, prediction=prediction, variance=variance)
     peer = scheduler(prediction_type=PREDICTIONS[prediction], **OPTIONS[schedule], **options)
@@ -222,7 +222,7 @@ def test_diffusers_ddim(diffusers, schedule, prediction, eta):
         theirs = peer.step(network(theirs, t.repeat(2)), t, theirs, **step).prev_sample
     taus, steps = [*ours.tau[peer.timesteps].tolist(), 1.0], iter(range(1, 51))
 
-    def randn(z):  # theirs is in x, ours in z = (alpha + sigma) x: the step scales it
+    def randn(z):  # theirs is in x, ours in z = x / (alpha + sigma): the step scales it
         return noises[next(steps) - 1]
 
     start = x * math.hypot(taus[0], 1 - taus[0])
@@ -264,7 +264,7 @@ def test_the_steps_of_a_flow_are_those_of_diffusers_with_a_shift_of_2():
 
 
 def test_the_unet_of_cifar10_has_as_many_parameters_as_diffusers():
-    """Theirs as in google/ddpm-cifar10-32, the model of Ho et al. converted."""
+    """Theirs is google/ddpm-cifar10-32, converted from the model of Ho et al."""
     pytest.importorskip("diffusers", reason="diffusers is not installed")
     from diffusers import UNet2DModel
 

@@ -1,4 +1,4 @@
-"""People's own pictures: what a folder or an .npz may hold, and what becomes of it."""
+"""The user's own pictures: what a folder or an .npz may hold, and how it is read."""
 
 import contextlib
 import json
@@ -166,7 +166,7 @@ def grey16(path, values):
 
 @pytest.mark.parametrize("most, shift", [(255, 0), (1023, 2), (4095, 4), (65535, 8)])
 def test_pictures_of_16_bits_that_hold_fewer_are_not_black(most, shift, tmp_path, monkeypatch):
-    """The largest value of all pictures tells how many bits there are; each keeps its own brightness."""
+    """The largest value in the set tells how many bits are used. Dark pictures stay dark."""
     monkeypatch.chdir(tmp_path)
     ramp = np.linspace(0, most, 64).round().reshape(8, 8)
     grey16(tmp_path / "p" / "bright.png", ramp)
@@ -191,7 +191,7 @@ def test_32_bits_are_read_by_their_values_and_refused_where_they_are_too_large(t
 
 @pytest.mark.parametrize("background, seen", [("white", 255), ("black", 0), ("#7f7f7f", 127)])
 def test_transparent_pictures_lie_on_a_ground_that_an_option_names(background, seen, tmp_path, monkeypatch):
-    """The colours hidden under full transparency are not learned; half transparent ones are mixed."""
+    """Colours hidden under full transparency are not learned; half-transparent ones are blended."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p").mkdir()
     clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
@@ -280,7 +280,7 @@ def test_ctrl_c_while_reading_is_a_line(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=tmp_path, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        # a shell has its background jobs ignore Ctrl-C, and so would this
+        # a shell makes background jobs ignore Ctrl-C, and they pass that on
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     process.stdout.readline()
@@ -353,7 +353,7 @@ def test_classes_are_asked_for_by_name_and_come_back_by_name(pets):
     sample("--out_dir=run", "--n_samples=3", "--labels=dog,cat", "--save=x.npz", cwd=pets.parent)
     saved = np.load(pets.parent / "x.npz")
     assert saved["classes"][saved["arr_1"]].tolist() == ["dog", "cat", "dog"]
-    assert load_data("x.npz").classes == ["cat", "dog"]                 # and are read again
+    assert load_data("x.npz").classes == ["cat", "dog"]                 # and can be read back
     sample("--out_dir=run", "--n_samples=3", "--labels=1", "--save=y.npz", cwd=pets.parent)
     assert np.load(pets.parent / "y.npz")["arr_1"].tolist() == [1, 1, 1]
     refused("sample", "--out_dir=run", "--labels=cow", cwd=pets.parent,
@@ -433,11 +433,11 @@ def test_moved_downloads_are_found_by_an_option(tmp_path, monkeypatch):
     sample("--out_dir=run", "--task=reconstruct", "--n_samples=2", "--data_dir=elsewhere", cwd=tmp_path)
 
 
-# ---- figures ----
+# ---- speed, memory ----
 
 @pytest.mark.long
 def test_60000_small_pictures_and_3000_photos(tmp_path, monkeypatch):
-    """In at most 15 s each, and opened in 2; memory stays below 1.3 times the finished array."""
+    """At most 15 s to read each, and 2 to open it; memory stays below 1.3 times the array."""
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     small = [rng.integers(0, 256, (64, 64, 3), dtype=np.uint8) // 2 + 60 for _ in range(50)]
@@ -477,7 +477,7 @@ def greys(folder, n=40):
 def test_a_second_reader_of_a_grey_folder_that_is_killed_leaves_the_first_ones_pictures(
     tmp_path, monkeypatch
 ):
-    """The colours of grey pictures were once written where the finished array lies."""
+    """The RGB values of grey pictures were once written over the finished array."""
     monkeypatch.chdir(tmp_path)
     greys(tmp_path / "p")
     load("p")
@@ -566,7 +566,7 @@ def test_classes_that_are_one_number_stay_apart_and_in_order(tmp_path, monkeypat
     assert np.load(tmp_path / "s.npz")["arr_1"].tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other file systems know no such names")
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems have no such names")
 @pytest.mark.parametrize("name", [b"cat/caf\xe9.png", b"caf\xe9/1.png"])
 def test_names_that_are_not_utf8_are_read(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -574,7 +574,7 @@ def test_names_that_are_not_utf8_are_read(name, tmp_path, monkeypatch):
     target = os.path.join(os.fsencode(tmp_path / "p"), name)
     os.makedirs(os.path.dirname(target), exist_ok=True)
     os.rename(tmp_path / "p" / "cat" / "0.png", target)
-    for _ in range(2):                                       # read, then opened
+    for _ in range(2):                                       # read, then cached
         assert len(load("p").train[0]) == 3
     here("cfm", "--dataset=p", "--out_dir=r", *T, cwd=tmp_path)
     sample("--out_dir=r", "--n_samples=2", "--save=s.npz", cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""The presets in config/ run, whole, on a few pictures."""
+"""The presets in config/ run, on a few pictures."""
 
 import re
 
@@ -26,7 +26,7 @@ def test_the_preset_for_cifar10_runs(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["cfm", "ddpm"])
 def test_the_preset_for_ten_minutes_runs_and_its_plan_adds_up(script, tmp_path):
-    """Two iterations on a CPU. The FLOPs that its text counts with are those of the model."""
+    """Two iterations on a CPU. The FLOPs in its text are the model's."""
     pictures = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
     np.savez(tmp_path / "few.npz", pictures, np.arange(20) % 10)
     args = ["config/cifar10_fast.py", "--dataset=few.npz", "--max_iters=2", "--batch_size=2"]
@@ -65,7 +65,7 @@ def test_the_preset_for_an_hour_runs(script, tmp_path):
 
 @pytest.mark.parametrize("script, sampler", [("ddpm", "ddim"), ("cfm", "euler")])
 def test_the_textbooks_presets_run_with_plain_adam_and_uniform_times(script, sampler, tmp_path):
-    """On a few pictures, and drawn in one step, for the paper's thousand take long."""
+    """On a few pictures, and drawn in one step: the paper's thousand take too long."""
     save_few_digits(tmp_path / "few.npz")
     args = [f"config/textbook_{script}.py", "--dataset=few.npz", "--max_iters=2"]
     args += ["--log_interval=1", f"--sampler={sampler}", "--sample_steps=1", "--device=cpu"]
@@ -80,7 +80,7 @@ def test_the_textbooks_presets_run_with_plain_adam_and_uniform_times(script, sam
 
 
 def commands_of(preset):
-    """[(script, [option, ...]), ...] that the preset's own text says to run."""
+    """[(script, [option, ...]), ...] as the preset's own text gives them."""
     text = (ROOT / "config" / f"{preset}.py").read_text()
     lines = re.findall(r"^    python (\w+)\.py(.*?)(?:  #.*)?$", text, re.M)
     return [(script, options.split()) for script, options in lines]

@@ -1,4 +1,4 @@
-"""The samplers and likelihoods of sample.py, under models known by hand: see exact.py."""
+"""The samplers and likelihoods of sample.py, with models known in closed form: see exact.py."""
 
 import copy
 import math
@@ -39,8 +39,8 @@ METHODS = {
 
 def drawn(method, steps, sampler):
     """
-    From NOISE; of ddpm dpm++ with steps even in t, for at their own, on whole t, lambda is not
-    smooth, and heun with steps even in tau, for its last, Euler's, is too long in tau if even in t.
+    Drawn from NOISE. With ddpm, dpm++ takes steps even in t: at its own, which are whole t, lambda
+    is not smooth. heun takes steps even in tau: even in t, its last, Euler's, is too long.
     """
     if sampler not in ("dpm++", "heun") or isinstance(method, VelocityField):
         return draw(method, NOISE, sampler=sampler, steps=steps, clip=False)
@@ -70,7 +70,7 @@ def test_every_sampler_converges_to_the_exact_flow_at_its_order(name, sampler, o
     expected = transported(TWO, method, NOISE)
     errors = [(drawn(method, n, sampler) - expected).abs().max().item() for n in steps]
     slope = math.log2(errors[0] / errors[1])
-    # On cfm's steps, lambda = log(tau / (1 - tau)) has its ends at infinity: order 2 up to a log.
+    # On cfm's steps, lambda = log(tau / (1 - tau)) is infinite at both ends: order 2 up to a log.
     slack = 0.45 if (name, sampler) == ("cfm", "dpm++") else 0.7 if sampler == "rk4" else 0.15
     assert order - slack < slope < order + 0.7 and errors[1] < 0.03, (slope, errors)
 
@@ -95,7 +95,7 @@ def test_the_last_step_of_heun_to_the_data_is_one_of_eulers():
 
     z = torch.randn(5, 3)
     assert torch.equal(heun(v, z, [0.4, 1.0]), euler(v, z, [0.4, 1.0]))
-    for t, s in ((0.4, 0.7), (1.0, 0.6)):  # not so before, nor backwards from the data
+    for t, s in ((0.4, 0.7), (1.0, 0.6)):  # not earlier steps, nor steps back from the data
         by_hand = z + (s - t) * (v(t, z) + v(s, z + (s - t) * v(t, z))) / 2
         assert not torch.allclose(by_hand, euler(v, z, [t, s]), atol=1e-3)
         if s > t:
@@ -104,7 +104,7 @@ def test_the_last_step_of_heun_to_the_data_is_one_of_eulers():
 
 
 def test_dopri5_is_scipys_rk45():
-    """One problem, one picture, the same tolerances: as good, in about as many evaluations."""
+    """One problem, one picture, the same tolerances: as accurate, in about as many evaluations."""
     integrate = pytest.importorskip("scipy.integrate")
     calls, start = 0, torch.tensor([[1.0, -0.5]])
 
@@ -167,7 +167,7 @@ def test_what_a_picture_becomes_does_not_depend_on_its_batch():
 def test_evaluations(sampler, of_cfm, of_ddpm, guidance):
     """
     Steps means steps. The last of ddpm is ddim's, whatever the sampler, and heun's own last is
-    Euler's: that is one evaluation. Guidance does not add any, but doubles the batch of each.
+    Euler's: each takes one evaluation. Guidance adds none, but doubles the batch of each.
     """
     batches, watched = [], []
 
@@ -193,7 +193,7 @@ def test_steps_of_a_flow_are_shifted_towards_the_noise(sampler):
     method, even = VelocityField(None, ConditionalFlowMatcher()), sampler in LOOK_AHEAD
     assert method.times(1, even) == [0, 1]
     assert method.times(4, even) == pytest.approx([0, 1 / 7, 1 / 3, 3 / 5, 1])
-    # one that looks ahead has even steps
+    # those that look ahead take even steps
     assert method.times(4, "rk4" in LOOK_AHEAD) == [0, 1 / 4, 1 / 2, 3 / 4, 1]
     taus = method.times(1000, even)
     lengths = [b - a for a, b in zip(taus, taus[1:])]
@@ -219,7 +219,7 @@ def test_ddim_visits_as_many_times_as_asked_and_there_are(n_steps, steps, visits
 
 @pytest.mark.parametrize("name", [*METHODS, "ddpm cosine v"])
 def test_dpm_solver_on_its_own_steps_comes_as_near_whatever_the_model_predicts(name):
-    """Whole t disturb the order of its error, but not its size."""
+    """Rounding to whole t spoils its order, but not its error."""
     methods = METHODS | {
         "ddpm cosine v": lambda: exact_ddpm(TWO, schedule="cosine", prediction="v")
     }
@@ -240,7 +240,7 @@ def test_where_steps_are_many_each_t_comes_once(schedule, n_steps):
         wanted = [i / (2 * steps - i) for i in range(1, steps)]
         noisier = [(method.tau.double() <= tau).nonzero() for tau in wanted]
         first = [t.min().item() if len(t) else n_steps for t in noisier]
-        # each is moved only where it must be
+        # each is moved only if it must be
         for i, (now, before, ideal) in enumerate(zip(t[1:], t, first), 1):
             assert now == max(min(ideal, before - 1), steps - 1 - i)
     x = draw(method, NOISE, sampler="dpm++", steps=n_steps)
@@ -284,7 +284,7 @@ def test_ddim_is_deterministic_at_eta_0_and_not_at_1():
 )
 def test_samples_have_the_distribution_of_the_data(name, options):
     """
-    Of 20,000: the largest distance between empirical and exact cdf exceeds 0.0137 once in a
+    With 20,000 samples, the largest gap between empirical and exact cdf exceeds 0.0137 once in a
     thousand.
     """
     method = {
@@ -338,7 +338,7 @@ def test_likelihood_of_a_gaussian_is_exact_to_three_digits(options):
 
 def test_likelihood_of_a_mixture_and_hutchinsons_estimate():
     """
-    In one dimension, or for independent ones, +-1 probes give the exact trace; for others the mean
+    In one dimension, or in independent ones, +-1 probes give the exact trace; otherwise their mean
     does.
     """
     x = torch.linspace(-1, 1, 11)[:, None]
@@ -351,7 +351,7 @@ def test_likelihood_of_a_mixture_and_hutchinsons_estimate():
     torch.manual_seed(0)
     mix = torch.randn(3, 3) / 2
 
-    def linear(t, x, y):  # dx/dt = x mix, of which the divergence is the trace, whatever x and t
+    def linear(t, x, y):  # its divergence is the trace of mix, for any x and t
         return x @ mix
 
     method = VelocityField(linear, ConditionalFlowMatcher())
@@ -359,7 +359,7 @@ def test_likelihood_of_a_mixture_and_hutchinsons_estimate():
     exact = log_likelihood(method, x[:1], sampler="rk4", steps=10)
     probes = torch.randn(4000, 3).sign()
     estimates = log_likelihood(method, x, sampler="rk4", steps=10, probe=probes)
-    # each probe stays the same all along, so its error is this
+    # a probe stays the same all along, so its estimate is this
     by_hand = (probes * (probes @ mix.T)).sum(1)
     assert torch.allclose(estimates - exact, by_hand.neg() + mix.trace(), atol=1e-3)
     assert (estimates.mean() - exact).abs() < 4 * estimates.std() / 4000**0.5
@@ -376,7 +376,7 @@ def test_bound_of_a_gaussian_is_exact_to_three_digits(variance, schedule, n_step
     m, s = 0.1, 0.2
     method = exact_ddpm(((1.0, m, s),), n_steps, schedule=schedule, variance=variance)
     quantiles = (torch.arange(2**14, dtype=torch.float64) + 0.5) / 2**14
-    # 16,384 normal draws, spread evenly: shuffled, they average well
+    # 16,384 evenly spaced normal quantiles: shuffled, they average well
     normal = torch.special.ndtri(quantiles)
     levels = (((m + s * normal) * 127.5 + 127.5).round().clamp(0, 255) / 127.5 - 1).float()
     torch.manual_seed(0)
@@ -420,7 +420,7 @@ def test_bound_of_a_gaussian_is_exact_to_three_digits(variance, schedule, n_step
 
 @pytest.mark.parametrize("steps", [2, 7, 20])
 def test_the_bound_of_few_terms_is_that_of_all_on_average(steps):
-    """Over all places u within the stretches, and without noise: the mean is the whole sum."""
+    """Over all positions u in the strata, and without noise, the mean is the whole sum."""
     method = exact_ddpm(((1.0, 0.1, 0.2),), 40, schedule="cosine")
     x0 = torch.tensor([[0.0], [0.5], [-1.0]])
     whole = bound(method, x0, randn=torch.zeros_like)
@@ -465,7 +465,7 @@ def test_the_decoder_of_the_bound_sums_to_one_and_has_no_holes():
 
 def test_ddim_with_eta_1_from_one_step_to_the_next_is_the_posterior():
     """
-    There mean and variance are those of q(x_{t-1} | x_t, x_0) at the predicted x0: eq. 7 of Ho et
+    Its mean and variance are those of q(x_{t-1} | x_t, x_0) at the predicted x0: eq. 7 of Ho et
     al.
     """
     for t in (1, 10, 300, 998):
@@ -474,7 +474,7 @@ def test_ddim_with_eta_1_from_one_step_to_the_next_is_the_posterior():
         now, before = method.tau[t].item(), method.tau[t - 1].item()
         start = xt * math.hypot(now, 1 - now)
         step = ddim(flow(method), start, [now, before], clip=True, eta=1.0, randn=lambda _: z)
-        # alpha + sigma is one over this: the noise, too, is drawn in z, so it comes back as scaled
+        # hypot is 1 / (alpha + sigma); the step added the noise in z, so this scales it back, too
         x, t = step / math.hypot(before, 1 - before), torch.full((50,), t)
         x0, _ = method.predict(xt, t, *method.scales(t, xt))
         mean = method.q_posterior_mean(xt, t, x0.clamp(-1, 1))
@@ -487,7 +487,7 @@ def test_ddim_with_eta_1_from_one_step_to_the_next_is_the_posterior():
 def test_an_error_in_eps_is_not_magnified_where_almost_all_is_noise(schedule, sampler):
     """
     x0 = (x - sigma eps) / alpha, and alpha ends at 5e-5 in the cosine schedule: clipping limits
-    that.
+    the error.
     """
     exact = exact_ddpm(((1.0, 0.0, 0.4),), schedule=schedule)
     wrong = exact_ddpm(((1.0, 0.0, 0.4),), schedule=schedule)
@@ -518,9 +518,9 @@ def path_by_hand(name, sigma, t):
 @pytest.mark.parametrize("sigma", [0.1, 0.5])
 def test_every_path_leads_its_own_start_to_the_data(name, sigma):
     """
-    For Gaussian data N(m, s^2) the velocity E[u | xt] is linear in xt, and so is the flow: from the
-    path's own start to its end, of standard deviation sqrt(b^2 s^2 + c^2). And no other field has
-    as small a loss under the matcher.
+    For Gaussian data N(m, s^2) the velocity E[u | xt] is linear in xt, and so is the flow, from the
+    path's own start to its end, with standard deviation sqrt(b^2 s^2 + c^2). No other field has as
+    small a loss.
     """
     m, s = 0.2, 0.5
 
@@ -555,7 +555,7 @@ def test_slerp_keeps_noise_noise():
 
 
 def test_flow_reads_ddpm_at_its_own_times():
-    """At the taus of its own t the eps model is asked for these, and Euler's step is ddim's."""
+    """At the taus of whole t the eps model is called with these t, and Euler's step is ddim's."""
     seen = {}
 
     def eps_model(t, x, y):
@@ -578,7 +578,7 @@ def test_flow_reads_ddpm_at_its_own_times():
 
 
 def tell_labels_apart(t, x, y=None):
-    """A model whose answer depends on all that it is given."""
+    """A model whose output depends on every input."""
     label = torch.full((len(x),), -1) if y is None else y
     shape = -1, *[1] * (x.dim() - 1)
     return torch.sin(3 * x + t.reshape(shape)) + label.float().reshape(shape) / 10
@@ -592,7 +592,7 @@ LABELLED = {
 
 @pytest.mark.parametrize("name", LABELLED)
 def test_a_flow_is_guided_inside_the_interval_alone(name):
-    """Its ends are inside. Where there is guidance, the batch is doubled."""
+    """The ends count as inside. With guidance, the batch is doubled."""
     method, z, y = LABELLED[name](), torch.randn(4, 3), torch.arange(4)
     calls = count_calls(method)
     v = flow(method, y, guidance=3.0, interval=(0.3, 0.7))
@@ -711,7 +711,7 @@ def method_and_network(name):
 
 
 def loss_and_pictures(method):
-    """Both under one seed."""
+    """Both with the same seed."""
     torch.manual_seed(1)
     x, y = torch.rand(4, 1, 8, 8) * 2 - 1, torch.tensor([0, 1, 2, -1])
     with torch.no_grad():
@@ -750,7 +750,7 @@ def test_a_deep_copy_of_a_method_has_a_model_of_its_own(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_euler_too_leads_to_noise_and_back(name):
-    """Of ddpm the model is asked only at times that it knows."""
+    """The model of ddpm is called only at times that it knows."""
     method, x = METHODS[name](), torch.linspace(-0.8, 0.8, 20).reshape(5, 1, 2, 2)
     noise = encode(method, x, sampler="euler", steps=40)
     again = draw(method, noise, sampler="euler", steps=40, clip=False)

@@ -1,6 +1,6 @@
 """
 ddpm.py and cfm.py differ in the method and in nothing else. Importing them does nothing, and each
-is of use alone.
+works on its own.
 """
 
 import ast
@@ -50,14 +50,14 @@ def test_importing_parses_nothing_prints_nothing_and_writes_nothing(tmp_path):
 
 @pytest.mark.parametrize("name", ["ddpm", "cfm", "sample"])
 def test_options_are_written_down_not_computed(name):
-    """A default derived from another one would go stale when that is overridden."""
+    """A default derived from another one would go stale when the other is overridden."""
     for node in ast.parse((ROOT / f"{name}.py").read_text()).body:
         if isinstance(node, ast.Assign) and node.targets[0].id.islower():
             ast.literal_eval(node.value)
 
 
 def imported(nodes):
-    """The top-level names that are imported by whoever imports a module of these nodes."""
+    """The top-level names that importing a module with these nodes would import."""
     for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
@@ -105,7 +105,7 @@ print("used", {module!r})
 
 @pytest.mark.parametrize("name, steps", [("ddpm", ""), ("cfm", "steps=3, ")])
 def test_one_file_alone_is_of_use_in_a_folder_and_in_a_package(name, steps, tmp_path):
-    """All else is absent, also what happens to be installed."""
+    """All else is absent, even packages that are installed."""
     for folder in ("alone", "project/mypackage"):
         (tmp_path / folder).mkdir(parents=True)
         shutil.copy(ROOT / f"{name}.py", tmp_path / folder)

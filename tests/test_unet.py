@@ -1,4 +1,4 @@
-"""The UNet: any size, any channels, times and labels matter, 0 predicted at first; and Muon."""
+"""The UNet: any size and channels, times and labels matter, it predicts 0 at first; and Muon."""
 
 import copy
 import math
@@ -140,7 +140,7 @@ def test_attention_mixes_positions_of_any_level():
 
 
 def test_at_the_size_of_ho_et_al_it_has_their_number_of_parameters():
-    """35,746,307, as diffusers' UNet of google/ddpm-cifar10-32 has, see also test_peers.py."""
+    """35,746,307, like diffusers' UNet in google/ddpm-cifar10-32; see also test_peers.py."""
     with torch.device("meta"):
         model = UNet(3, 128, (1, 2, 2, 2), n_res_blocks=2, attention_levels=(1, 4), patch=1)
     assert sum(p.numel() for p in model.parameters()) == 35_746_307
@@ -158,7 +158,7 @@ def test_newton_schulz_keeps_singular_vectors_and_levels_singular_values(shape):
 
 
 def two_models():
-    """A model and its copy, with the same gradients set_gradients() gives both."""
+    """A model, its copy, and set_gradients(), which gives both the same gradients."""
     a = small(num_classes=3)
     b = copy.deepcopy(a)
 
@@ -196,7 +196,7 @@ def test_muon_does_to_kernels_what_torchs_muon_does_and_to_the_rest_what_adamw_d
 
 
 def test_the_state_of_muon_goes_where_the_parameters_are():
-    """A checkpoint is loaded on the CPU; the meta device stands for a GPU."""
+    """A checkpoint is loaded on the CPU; the meta device stands in for a GPU."""
     a, _, set_gradients = two_models()
     one = Muon(a.parameters())
     set_gradients(0)
@@ -223,7 +223,7 @@ def test_muon_goes_on_from_its_state_and_leaves_alone_what_has_no_gradient():
 
 
 def test_muon_takes_named_parameters_and_groups_in_any_order():
-    """Kernels are orthogonalised, everything else goes by AdamW, whichever way they come."""
+    """Kernels are orthogonalised, everything else uses AdamW, however they are passed."""
     models = [small(num_classes=3) for _ in range(4)]
     one = Muon(models[0].parameters())
     named = Muon(models[1].named_parameters())
@@ -245,7 +245,7 @@ def test_muon_takes_named_parameters_and_groups_in_any_order():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("script", [cfm, ddpm])
 def test_a_model_of_another_precision_trains_and_samples(script, dtype):
-    """The arithmetic around it is in single precision at least."""
+    """The arithmetic around it is in at least single precision."""
     model = small(num_classes=3).to(dtype)
     method = script.build(model, vars(script) | {"n_steps": 5, "path": "icfm", "sigma": 0.0})
     x, y = torch.rand(4, 1, 8, 8, dtype=dtype), torch.arange(4) % 3
