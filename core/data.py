@@ -20,7 +20,7 @@ from torchvision import datasets
 from torchvision.transforms.functional import center_crop, resize
 
 from configurator import fail, say
-from core.pictures import Data, Splitter, load_folder
+from core.pictures import Data, Splitter, load_folder, split
 
 
 def load_data(dataset, data_dir="data", image_size=0, conditional=True, background="white"):
@@ -123,15 +123,11 @@ def load_fashion_mnist(data_dir, size):
 
 def load_cifar10(data_dir, size):
     folder = fetch_cifar10(data_dir)
-    parts = []
-    for name in CIFAR10_SHA1:                                # per picture: the label, then RGB
-        rows = np.fromfile(folder / name, np.uint8).reshape(-1, 1 + 3 * 32 * 32)
-        parts.append(torch.from_numpy(rows))
-    splits = []
-    for rows in (torch.cat(parts[:-1]), parts[-1]):
-        x = rows[:, 1:].reshape(-1, 3, 32, 32).contiguous()
-        splits.append((x, rows[:, 0].long()))
-    return original_split(*splits, list(CIFAR10_CLASSES), size)
+    files = [np.fromfile(folder / name, np.uint8) for name in CIFAR10_SHA1]
+    rows = torch.from_numpy(np.concatenate(files)).view(-1, 1 + 3 * 32 * 32)   # the label, then RGB
+    x, y = rows[:, 1:].reshape(-1, 3, 32, 32).contiguous(), rows[:, 0].long()
+    n = len(x) // 6                                          # the last of six files is the test set
+    return original_split((x[:-n], y[:-n]), (x[-n:], y[-n:]), list(CIFAR10_CLASSES), size)
 
 
 def draw_flowers(n, size):
@@ -216,12 +212,12 @@ def fetch_mnist(data_dir):
     """Put MNIST's files in data_dir/MNIST/raw, verified: found in data_dir, or downloaded."""
     def by_hand(tmp):                    # as .gz, or under Kaggle's names, in data_dir or below
         for name, md5 in MNIST_MD5.items():
-            for spelling in (name, name.replace("-idx", ".idx")):
-                for path in filter(Path.is_file, Path(data_dir).rglob(f"{spelling}*")):
-                    content = path.read_bytes()
-                    content = gzip.decompress(content) if path.suffix == ".gz" else content
-                    if hashlib.md5(content).hexdigest() == md5:
-                        Path(tmp, name).write_bytes(content)
+            pattern = name.replace("-idx", "[-.]idx") + "*"
+            for path in filter(Path.is_file, Path(data_dir).rglob(pattern)):
+                content = path.read_bytes()
+                content = gzip.decompress(content) if path.suffix == ".gz" else content
+                if hashlib.md5(content).hexdigest() == md5:
+                    Path(tmp, name).write_bytes(content)
         return tmp
 
     def torchvision(tmp):
@@ -295,6 +291,31 @@ def load_npz(path, size):
 
     noise (N, H, W, C), if any, is what each picture was drawn from.
     """
+    x, y, names, noise = read_npz(path)
+    if noise is not None and size and x.shape[1:3] != (size, size):
+        raise ValueError("its pictures are paired with noise, so they cannot be resized: "
+                         "drop --image_size")
+    occurring = [label for label in np.unique(y).tolist() if label >= 0]
+    number = {-1: -1} | {label: i for i, label in enumerate(occurring)}
+    classes = [str(names[label] if label < len(names) else label) for label in occurring]
+    classes = [name if classes.count(name) == 1 else f"{name} {label}"     # ImageNet has two cranes
+               for name, label in zip(classes, occurring)]
+
+    x, y = x.transpose(0, 3, 1, 2), y.tolist()
+    splitter, order = Splitter(len(x)), np.empty(len(x), np.int64)
+    for i in np.random.default_rng(0).permutation(len(x)):
+        order[splitter.place(x[i], number[y[i]], y[i])] = i
+    x = to_size(torch.from_numpy(x), size).index_select(0, torch.from_numpy(order)).numpy()
+    data = split(x, splitter.labels, splitter.front, classes, splitter.checksum)
+    if noise is not None:
+        noise = torch.from_numpy(noise[order].astype(np.float16)).permute(0, 3, 1, 2).contiguous()
+        data.noise = noise[:len(data.train[0])], noise[-len(data.held_out[0]):]
+        data.checksum += sum(zlib.crc32(part) for part in noise.numpy())
+    return data
+
+
+def read_npz(path):
+    """Its arrays, checked: pictures, labels (-1 for none), names of classes, and noise or None."""
     if not zipfile.is_zipfile(path):
         raise ValueError("it is not an .npz archive")
     with np.load(path) as arrays:
@@ -302,50 +323,23 @@ def load_npz(path, size):
             raise ValueError("it must hold pictures as arr_0, "
                              f"but holds {', '.join(arrays) or 'nothing'}")
         try:
-            x = arrays["arr_0"]
-            y = arrays["arr_1"] if "arr_1" in arrays else None
-            names = arrays["classes"] if "classes" in arrays else np.empty(0, str)
-            noise = arrays["noise"] if "noise" in arrays else None
+            x, y, noise = [arrays.get(name) for name in ("arr_0", "arr_1", "noise")]
+            names = arrays.get("classes", np.empty(0, str))
         except ValueError:                                   # pickles, which could run any code
             raise ValueError("its arrays must hold numbers or text, not Python objects") from None
     if x.dtype != np.uint8 or x.ndim != 4 or 0 in x.shape or x.shape[3] not in (1, 3, 4):
         raise ValueError("arr_0 must be uint8 pictures (N, H, W, C), C 1, 3 or 4, "
                          f"but is {x.dtype} {x.shape}")
-    if y is not None and (y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < -1):
+    y = np.full(len(x), -1) if y is None else y
+    if y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < -1:
         raise ValueError(f"arr_1 must be {len(x)} labels, integers from 0, or -1 for none, "
                          f"but is {y.dtype} {y.shape}")
-    if noise is not None:
-        if noise.dtype.kind != "f" or noise.shape != x.shape or not (abs(noise) < 60_000).all():
-            raise ValueError(f"noise must be finite and shaped like arr_0, {x.shape}, "
-                             f"but is {noise.dtype} {noise.shape}")
-        if size and x.shape[1:3] != (size, size):
-            raise ValueError("its pictures are paired with noise, so they cannot be resized: "
-                             "drop --image_size")
+    if noise is not None and (noise.dtype.kind != "f" or noise.shape != x.shape
+                              or not (abs(noise) < 60_000).all()):
+        raise ValueError(f"noise must be finite and shaped like arr_0, {x.shape}, "
+                         f"but is {noise.dtype} {noise.shape}")
     if names.dtype.kind == "S":                              # bytes, as h5py gives them
         names = np.char.decode(names, "utf-8")
     if names.dtype.kind != "U" or names.ndim != 1:
         raise ValueError(f"classes must be names (K,), but is {names.dtype} {names.shape}")
-    y = np.full(len(x), -1) if y is None else y
-    occurring = [label for label in np.unique(y).tolist() if label >= 0]
-    number = {-1: -1} | {label: i for i, label in enumerate(occurring)}
-    classes = [str(names[label] if label < len(names) else label) for label in occurring]
-    classes = [name if classes.count(name) == 1 else f"{name} {label}"     # ImageNet has two cranes
-               for name, label in zip(classes, occurring)]
-
-    splitter, out, order = Splitter(len(x)), None, np.empty(len(x), np.int64)
-    mixed = np.random.default_rng(0).permutation(len(x))
-    for start in range(0, len(x), 1000):
-        i = mixed[start:start + 1000]
-        part = torch.from_numpy(x[i]).permute(0, 3, 1, 2).contiguous()
-        where = [splitter.place(picture, number[label], label)
-                 for picture, label in zip(part.numpy(), y[i].tolist())]
-        part = to_size(part, size).numpy()
-        out = np.empty((len(x), *part.shape[1:]), np.uint8) if out is None else out
-        out[where], order[where] = part, i
-    data = splitter.data(out, classes)
-    if noise is not None:
-        noise = noise[order].astype(np.float16).transpose(0, 3, 1, 2)
-        noise = torch.from_numpy(np.ascontiguousarray(noise))
-        data.noise = noise[:len(data.train[0])], noise[-len(data.held_out[0]):]
-        data.checksum += sum(zlib.crc32(part) for part in noise.numpy())
-    return data
+    return x, y, names, noise

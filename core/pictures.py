@@ -94,10 +94,6 @@ class Splitter:
         self.labels[i] = label
         return i
 
-    def data(self, x, classes):
-        """The Data of the array x uint8 (N, C, H, W), when all are placed. It is not copied."""
-        return split(x, self.labels, self.front, classes, self.checksum)
-
 
 def split(x, labels, n_train, classes, checksum):
     """The Data of pictures x, the first n_train of which are to train on."""
@@ -173,7 +169,8 @@ def decode(path, size, background, shift=None):
             picture = Image.fromarray((values >> shift).clip(0, 255).astype(np.uint8))
             if transparent is not None:
                 picture.putalpha(Image.fromarray(255 * (values != transparent).astype(np.uint8)))
-        if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+        modes = {picture.mode, picture.palette.mode if picture.palette else None}
+        if modes & {"RGBA", "LA", "PA", "La", "RGBa"} or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             behind = Image.new("RGBA", picture.size, ImageColor.getrgb(background))
             picture = Image.alpha_composite(behind, picture)
@@ -185,9 +182,10 @@ def decode(path, size, background, shift=None):
 
 def decode_all(files, size, background, shift=None):
     """
-    Yields (index, decode() of the file), on all cores. Reports progress from time to time.
+    Yields (index, picture) for each file, decoded on all cores. Reports progress from time to time.
 
-    Raises a ValueError that names the files that cannot be read.
+    Those of more than 8 bits come last: their depth is known when all have been read once. Raises a
+    ValueError that names the files that cannot be read.
     """
     def attempt(path):
         try:
@@ -196,7 +194,7 @@ def decode_all(files, size, background, shift=None):
             return e
 
     ahead = 8 * os.cpu_count()                               # few, to limit the memory used
-    unreadable, start = [], time.monotonic()
+    unreadable, deep, start = [], {}, time.monotonic()
     reported = start
     with ThreadPoolExecutor(os.cpu_count()) as pool:         # threads suffice: PIL releases the GIL
         pending = deque(pool.submit(attempt, path) for path in files[:ahead])
@@ -206,6 +204,8 @@ def decode_all(files, size, background, shift=None):
                 pending.append(pool.submit(attempt, files[i + ahead]))
             if isinstance(found, Exception):
                 unreadable.append(f"{files[i]} ({found})")
+            elif isinstance(found, int):
+                deep[i] = found
             elif not unreadable:                             # else only look for more such files
                 yield i, found
             if time.monotonic() - reported > 5:
@@ -216,6 +216,10 @@ def decode_all(files, size, background, shift=None):
         names = "; ".join(unreadable[:10]) + ("; ..." if len(unreadable) > 10 else "")
         raise ValueError(f"{len(unreadable)} of {len(files)} pictures cannot be read: "
                          f"repair or remove {names}")
+    if deep:
+        again, shift = list(deep), excess_bits(deep.values())
+        for i, picture in decode_all([files[i] for i in again], size, background, shift):
+            yield again[i], picture
 
 
 def excess_bits(values):
@@ -279,27 +283,16 @@ def write_cache(folder, files, size, background, about, stamp):
     names = [p.relative_to(folder).parts[0] if p.parent != folder else "" for p in files]
     classes = sorted({*names} - {""}, key=natural)
     number = {"": -1} | {name: i for i, name in enumerate(classes)}
-    splitter, shape, grey, deep = Splitter(len(files)), None, True, {}
+    splitter, shape, grey = Splitter(len(files)), None, True
     about.parent.mkdir(parents=True, exist_ok=True)
     array = about.with_name(f"{about.stem}-{stamp}.u8")
     with atomic_write(array) as f:
-        def write(i, picture):
-            nonlocal shape, grey
+        for i, picture in decode_all(files, size, background):
             if shape not in (None, picture.shape):
                 raise ValueError("its pictures differ in size: choose one, such as --image_size=64")
             shape, grey = picture.shape, grey and bool((picture == picture[:1]).all())
             f.seek(splitter.place(picture, number[names[i]], names[i]) * picture.nbytes)
             f.write(picture.tobytes())
-
-        for i, found in decode_all(files, size, background):
-            if isinstance(found, int):
-                deep[i] = found                              # read again when the depth is known
-            else:
-                write(i, found)
-        if deep:
-            again, shift = list(deep), excess_bits(deep.values())
-            for i, picture in decode_all([files[i] for i in again], size, background, shift):
-                write(again[i], picture)
         if grey:                                             # in place: writing trails reading
             f.flush()
             colour = np.memmap(f.name, np.uint8, "r", shape=(len(files), *shape))

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -199,7 +200,13 @@ def test_transparent_pictures_lie_on_a_ground_that_an_option_names(background, s
     clear.save(tmp_path / "p" / "a.png")
     palette = clear.convert("RGB").quantize(4)
     palette.save(tmp_path / "p" / "b.png", transparency=palette.getpixel((0, 7)))
-    for p in load("p", background=background).train[0]:
+    # Pillow reads palettes with alpha, but does not write them: a TGA of 8 x 8 and two BGRA colours
+    header = struct.pack("<BBBHHBHHHHBB", 0, 1, 1, 0, 2, 32, 0, 0, 8, 8, 8, 0x28)
+    pixels = bytes(32 * [0] + 32 * [1])
+    (tmp_path / "p" / "c.tga").write_bytes(header + bytes([255, 0, 0, 255, 0, 0, 255, 0]) + pixels)
+    train = load("p", background=background).train[0]
+    assert len(train) == 3
+    for p in train:
         assert (p[:, 7, 0] == seen).all() and p[:, 0, 0].tolist() == [0, 0, 255]
 
 
