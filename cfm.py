@@ -48,7 +48,7 @@ patch = 2                 # fold patch x patch pixels into channels: 2 runs at h
 batch_size = 64           # per process; with accumulation, the micro-batch size
 gradient_accumulation_steps = 1  # micro-batches per optimizer step
 max_iters = 9380          # optimizer steps: ten epochs of MNIST
-minutes = 0.0             # train for this many minutes instead of max_iters steps; 0: max_iters
+minutes = 0.0             # if above 0, max_iters is set to fill this time, at each line of the log
 muon = True               # Muon for convolution kernels, AdamW for the rest; false: AdamW for all
 learning_rate = 6e-3      # peak, before the decay
 warmup_iters = 100        # linear warm-up from 0
@@ -182,7 +182,7 @@ class TargetConditionalFlowMatcher(ConditionalFlowMatcher):
         return 1 - (1 - self.sigma) * t
 
     def compute_conditional_flow(self, x0, x1, t, xt):
-        sigma_t = 1 - (1 - self.sigma) * expand_like(t, x1)
+        sigma_t = self.compute_sigma_t(expand_like(t, x1))
         return (x1 - (1 - self.sigma) * xt) / sigma_t
 
 
@@ -449,6 +449,7 @@ def get_batch(pictures, labels, noise=None):
     return x, y, None if noise is None else noise[i.to(noise.device)].to(device).float()
 
 
+@torch.no_grad()
 def update_average(ema, model, it):
     """
     Move the averaged weights towards the latest ones.
@@ -456,10 +457,8 @@ def update_average(ema, model, it):
     Averaging smooths out the noise of single steps, and gives better samples. The decay starts low,
     so that the initial weights are soon forgotten.
     """
-    from torch.optim.swa_utils import get_ema_multi_avg_fn
-
     decay = min(ema_decay, (1 + it) / (10 + it))
-    get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), it)
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
 def fixed_batches(x, y, noise, num_classes):
@@ -636,7 +635,7 @@ if __name__ == "__main__":
             continue
         loss, speed = run.mean(losses), run.speed(it)    # waits for the GPU, so only now and then
         if minutes:
-            max_iters = run.iterations_in(minutes, it, speed)    # where get_lr() reaches 0
+            max_iters = config["max_iters"] = run.iterations_in(minutes, it, speed)
         evaluating = it % eval_interval == 0 or it == max_iters
         with autocast:
             held_out = evaluate(averaged, *held_out_batch) if evaluating else []

@@ -50,7 +50,7 @@ patch = 2                 # fold patch x patch pixels into channels: 2 runs at h
 batch_size = 64           # per process; with accumulation, the micro-batch size
 gradient_accumulation_steps = 1  # micro-batches per optimizer step
 max_iters = 9380          # optimizer steps: ten epochs of MNIST
-minutes = 0.0             # train for this many minutes instead of max_iters steps; 0: max_iters
+minutes = 0.0             # if above 0, max_iters is set to fill this time, at each line of the log
 muon = True               # Muon for convolution kernels, AdamW for the rest; false: AdamW for all
 learning_rate = 6e-3      # peak, before the decay
 warmup_iters = 100        # linear warm-up from 0
@@ -150,6 +150,7 @@ class DenoiseDiffusion:
         self.eps_model = eps_model
         self.n_steps = n_steps
         self.prediction = prediction
+        self.target, self.read = PREDICTIONS[prediction]
         self.t_mean = t_mean
         self.t_uniform = t_uniform
         self.unit_time = unit_time
@@ -182,9 +183,8 @@ class DenoiseDiffusion:
         weight = torch.ones_like(beta)
         if weighting == "min_snr":
             snr = alpha_bar / (1 - alpha_bar)
-            target, _ = PREDICTIONS[prediction]
             # as xt is known, an error of 1 in x0 comes with one of -a / b in eps
-            error = target(1, -snr.sqrt(), alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+            error = self.target(1, -snr.sqrt(), alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
             weight = snr.clamp(max=5) / torch.as_tensor(error).square()
         self.weight = table(weight)
 
@@ -231,17 +231,15 @@ class DenoiseDiffusion:
 
     def predict(self, xt, t, a, b, y=None, guidance=1.0):
         """The x0 and eps in xt = a x0 + b eps as the model predicts them, (B, *dim) each."""
-        _, read = PREDICTIONS[self.prediction]
-        return read(self.output(xt, t, y, guidance), xt, a, b)
+        return self.read(self.output(xt, t, y, guidance), xt, a, b)
 
     def loss(self, x0, y=None, noise=None, u=None):
         """Algorithm 1, eq. 14: E weight |target - output|^2, at times t = u T, u (B,) in [0, 1]."""
         u = draw_times(len(x0), self.t_mean, self.t_uniform, x0.device) if u is None else u
         t = (u * self.n_steps).long().clamp(max=self.n_steps - 1)
         eps = torch.randn_like(x0) if noise is None else noise
-        target, _ = PREDICTIONS[self.prediction]
         output = self.output(self.q_sample(x0, t, eps), t, y)
-        error = (output - target(x0, eps, *self.scales(t, x0))).square()
+        error = (output - self.target(x0, eps, *self.scales(t, x0))).square()
         return (expand_like(self.weight[t], x0) * error).mean()
 
     # ---- p, from noise to data ----
@@ -388,6 +386,7 @@ def get_batch(pictures, labels, noise=None):
     return x, y, None if noise is None else noise[i.to(noise.device)].to(device).float()
 
 
+@torch.no_grad()
 def update_average(ema, model, it):
     """
     Move the averaged weights towards the latest ones.
@@ -395,10 +394,8 @@ def update_average(ema, model, it):
     Averaging smooths out the noise of single steps, and gives better samples. The decay starts low,
     so that the initial weights are soon forgotten.
     """
-    from torch.optim.swa_utils import get_ema_multi_avg_fn
-
     decay = min(ema_decay, (1 + it) / (10 + it))
-    get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), it)
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
 def fixed_batches(x, y, noise, num_classes):
@@ -575,7 +572,7 @@ if __name__ == "__main__":
             continue
         loss, speed = run.mean(losses), run.speed(it)    # waits for the GPU, so only now and then
         if minutes:
-            max_iters = run.iterations_in(minutes, it, speed)    # where get_lr() reaches 0
+            max_iters = config["max_iters"] = run.iterations_in(minutes, it, speed)
         evaluating = it % eval_interval == 0 or it == max_iters
         with autocast:
             held_out = evaluate(averaged, *held_out_batch) if evaluating else []

@@ -483,6 +483,20 @@ def test_four_processes_and_one_is_killed(tmp_path):
     assert f"iterations {at} to {at + 4}, of 32 pictures" in done.stdout
 
 
+def test_a_run_by_the_clock_that_was_stopped_can_be_resumed(tmp_path):
+    """Beyond max_iters, too: the checkpoint holds the number that the clock has set."""
+    process = start("cfm", *TINY, "--minutes=5", "--log_interval=2", "--max_iters=4", cwd=tmp_path)
+    wait_for(process, "iteration 10 of")
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "stopped and saved" in out
+    stopped = checkpoint(tmp_path / "out" / "cfm")
+    assert stopped["config"]["max_iters"] > stopped["iteration"] >= 10
+    process = start("cfm", *RESUME[:1], "--minutes=0.02", cwd=tmp_path)
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == 0
+    assert checkpoint(tmp_path / "out" / "cfm")["iteration"] > stopped["iteration"]
+
+
 @pytest.mark.slow
 def test_drawing_can_be_stopped_and_what_was_drawn_is_kept(ran, tmp_path):
     script, cwd = ran
