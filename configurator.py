@@ -38,8 +38,7 @@ TRAINING = {
     "adam_beta2": (0, 0.999999),
     **dict.fromkeys(["label_dropout", "dropout", "ema_decay", "t_uniform"], (0, 1)),
     **dict.fromkeys(["learning_rate", "warmup_iters", "weight_decay", "grad_clip"], (0, math.inf)),
-    "minutes": (0, math.inf),
-    **dict.fromkeys(["image_size", "attention_levels", "guidance"], (0, math.inf)),
+    **dict.fromkeys(["minutes", "image_size", "attention_levels", "guidance"], (0, math.inf)),
     **dict.fromkeys(["channels", "channel_mults", "n_res_blocks", "patch"], (1, math.inf)),
     **dict.fromkeys(["batch_size", "gradient_accumulation_steps", "sample_steps"], (1, math.inf)),
     **dict.fromkeys(["max_iters", "eval_interval", "log_interval"], (1, math.inf)),
@@ -48,15 +47,13 @@ TRAINING = {
 
 # ---- what a program says ----
 
-def say(*text, file=None):
+def say(text, file=None):
     """print() and flush. A full disk, a closed pipe or an odd character never ends a run."""
-    file = file or sys.stdout
     with contextlib.suppress(OSError):
         try:
-            print(*text, file=file, flush=True)
+            print(text, file=file, flush=True)
         except UnicodeEncodeError:
-            text = [str(part).encode("ascii", "backslashreplace").decode() for part in text]
-            print(*text, file=file, flush=True)
+            print(text.encode("ascii", "backslashreplace").decode(), file=file, flush=True)
 
 
 def fail(message):
@@ -111,9 +108,11 @@ class Options:
         limit = self.limits.get(name, ())
         return limit if isinstance(limit, list) else []
 
-    def words(self, name):
-        """What may follow a flag as its value."""
-        return {*WORDS, *map(str, self.choices(name))}
+    def is_value(self, name, arg):
+        """Is arg, which follows --name, its value? After a flag, only if it may be one."""
+        if name in self.flags:
+            return arg.lower() in {*WORDS, *map(str, self.choices(name))}
+        return not arg.startswith("--")
 
     def checked(self, where, name, value):
         """The value, as the option's type; calls fail() if it is not allowed."""
@@ -197,8 +196,7 @@ def read_command_line(args, options, folder):
         name = flag[2:].replace("-", "_")
         if not equals:
             value = "true" if name in options.flags else None               # --flag
-            if args and (args[0].lower() in options.words(name) if name in options.flags
-                         else not args[0].startswith("--")):
+            if args and options.is_value(name, args[0]):
                 value = args.pop(0)                                         # --key value
         yield flag, name, value
 

@@ -228,7 +228,7 @@ def check_sampler(sampler, method):
                          "--spans, as config/one_step.py does")
 
 
-def times(method, sampler, steps=2):
+def times(method, sampler, steps):
     """The method's times between which the sampler steps. dopri5 uses only the first and last."""
     steps = 2 if sampler == "dopri5" else steps
     return method.times(steps, even=sampler in [*LOOK_AHEAD, "meanflow"])
@@ -665,7 +665,7 @@ if __name__ == "__main__":
         f"{describe_sampler(config, by_bound)}, guidance {guidance}, on {device}")
 
     stop_signals, start = catch_stop_signals(), time.monotonic()
-    options = {"atol": atol, "rtol": rtol} if sampler == "dopri5" else {}
+    options = {"dopri5": {"atol": atol, "rtol": rtol}, "ddim": {"eta": eta}}.get(sampler, {})
     bits, frames, cost, reported = [], [], 0, -math.inf
     for i in range(0, n_samples, batch_size):
         label = y[i:i + batch_size].to(device)
@@ -675,8 +675,6 @@ if __name__ == "__main__":
             x = x_val[i:i + len(label)].to(device).float()
         if sampler in ("ddim", "ancestral"):
             options["randn"] = draws.randn
-        if sampler == "ddim":
-            options["eta"] = eta
         with explained(kind=FloatingPointError):             # dopri5 may fail
             if task == "likelihood":
                 bits.append(bits_per_dim(method, x, label, draws, by_bound, options))

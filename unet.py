@@ -305,18 +305,15 @@ class Muon(torch.optim.Optimizer):
 
         params = group["params"]
         params = [params] if torch.is_tensor(params) else list(params)
-        kernels = [p for p in params if is_kernel(p)]
-        others = [p for p in params if not is_kernel(p)]
-        for same in (kernels, others):
+        for kernels in (True, False):
+            same = [p for p in params if is_kernel(p) == kernels]
             if same:
                 super().add_param_group(group | {"params": same})
 
     @torch.no_grad()
     def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = closure() if closure else None
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:

@@ -36,11 +36,8 @@ def choose_machine(device="auto", dtype="auto", compile=False):
     if dtype == "auto":
         native_bfloat16 = cuda and torch.cuda.get_device_capability()[0] >= 8
         dtype = "bfloat16" if native_bfloat16 else "float16" if cuda else "float32"
-    if cuda if compile == "auto" else compile:
-        compile = try_to_compile(device, required=compile is True)
-    else:
-        compile = False
-    return device, dtype, compile
+    wanted = cuda if compile == "auto" else compile
+    return device, dtype, wanted and try_to_compile(device, required=compile is True)
 
 
 def try_to_compile(device, required=False):

@@ -3,7 +3,6 @@ import tempfile
 
 import numpy as np
 import torch
-from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
@@ -43,7 +42,7 @@ def save_pictures(path, pictures, frames, arrays):
     with atomic_write(path) as f:
         if path.suffix == ".png":
             grid = make_grid(torch.from_numpy(pictures).permute(0, 3, 1, 2), nrow=10)
-            Image.fromarray(grid.permute(1, 2, 0).numpy()).save(f, format="png")
+            to_pil_image(grid).save(f, format="png")
         elif path.suffix == ".gif":
             save_gif(f, [torch.cat(parts) for parts in zip(*frames)])
         else:
@@ -53,8 +52,7 @@ def save_pictures(path, pictures, frames, arrays):
 def save_pngs(folder, pictures, first):
     """One PNG for each of the pictures, uint8 (B, H, W, C), numbered from first."""
     for n, picture in enumerate(pictures, first):
-        picture = picture.squeeze(2) if picture.shape[2] == 1 else picture
-        Image.fromarray(picture).save(folder / f"{n:06d}.png")
+        to_pil_image(picture).save(folder / f"{n:06d}.png")
 
 
 def save_gif(file, frames, seconds=3.0):
