@@ -150,7 +150,6 @@ class DenoiseDiffusion:
         self.eps_model = eps_model
         self.n_steps = n_steps
         self.prediction = prediction
-        self.target, self.read = PREDICTIONS[prediction]
         self.t_mean = t_mean
         self.t_uniform = t_uniform
         self.unit_time = unit_time
@@ -183,8 +182,9 @@ class DenoiseDiffusion:
         weight = torch.ones_like(beta)
         if weighting == "min_snr":
             snr = alpha_bar / (1 - alpha_bar)
+            target, _ = PREDICTIONS[prediction]
             # as xt is known, an error of 1 in x0 comes with one of -a / b in eps
-            error = self.target(1, -snr.sqrt(), alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+            error = target(1, -snr.sqrt(), alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
             weight = snr.clamp(max=5) / torch.as_tensor(error).square()
         self.weight = table(weight)
 
@@ -231,15 +231,17 @@ class DenoiseDiffusion:
 
     def predict(self, xt, t, a, b, y=None, guidance=1.0):
         """The x0 and eps in xt = a x0 + b eps as the model predicts them, (B, *dim) each."""
-        return self.read(self.output(xt, t, y, guidance), xt, a, b)
+        _, read = PREDICTIONS[self.prediction]
+        return read(self.output(xt, t, y, guidance), xt, a, b)
 
     def loss(self, x0, y=None, noise=None, u=None):
         """Algorithm 1, eq. 14: E weight |target - output|^2, at times t = u T, u (B,) in [0, 1]."""
         u = draw_times(len(x0), self.t_mean, self.t_uniform, x0.device) if u is None else u
         t = (u * self.n_steps).long().clamp(max=self.n_steps - 1)
         eps = torch.randn_like(x0) if noise is None else noise
+        target, _ = PREDICTIONS[self.prediction]
         output = self.output(self.q_sample(x0, t, eps), t, y)
-        error = (output - self.target(x0, eps, *self.scales(t, x0))).square()
+        error = (output - target(x0, eps, *self.scales(t, x0))).square()
         return (expand_like(self.weight[t], x0) * error).mean()
 
     # ---- p, from noise to data ----
