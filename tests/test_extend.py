@@ -97,7 +97,7 @@ def learns(project, script, *args):
 
 def test_a_schedule(project):
     insert(project / "ddpm.py", "SCHEDULES = {", SIGMOID)
-    insert(project / "ddpm.py", "# What the model is asked for", 'SCHEDULES["sigmoid"] = sigmoid_beta\n\n')
+    insert(project / "ddpm.py", "# The model's target", 'SCHEDULES["sigmoid"] = sigmoid_beta\n\n')
     learns(project, "ddpm", "--schedule=sigmoid")
     message = run(project, "ddpm", "--schedule=sigmoidal", code=2)
     assert "expected linear, cosine, log_snr, sigmoid" in message
