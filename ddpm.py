@@ -573,7 +573,7 @@ if __name__ == "__main__":
         if not (run.stop_requested() or logging):
             continue
         loss, speed = run.mean(losses), run.speed(it)    # waits for the GPU, so only now and then
-        if minutes:
+        if minutes:                                      # in config too: resuming follows this plan
             max_iters = config["max_iters"] = run.iterations_in(minutes, it, speed)
         evaluating = it % eval_interval == 0 or it == max_iters
         with autocast:

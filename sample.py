@@ -460,7 +460,7 @@ def wanted_classes(classes):
     return [number[name] for name in names]
 
 
-def check_request(config, is_ddpm, num_classes, auto, paired=False):
+def check_request(config, is_ddpm, num_classes, auto, paired):
     """Calls fail() if options, which are globals, do not fit each other or the run's config."""
     from configurator import fail
 

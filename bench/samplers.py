@@ -64,7 +64,7 @@ def load(run):
         fail(f"{run} is from another method: {checkpoint['method']}")
     is_mnist = checkpoint["picture_shape"] == (1, 28, 28)
     if not is_mnist or checkpoint["model_args"]["num_classes"] != 10:
-        fail(f"{run} is no run of MNIST with labels, which the judge needs")
+        fail(f"{run} is not a run of MNIST with labels, which the judge needs")
     script = importlib.import_module(checkpoint["method"])
     config = Options(vars(script), TRAINING | script.LIMITS).restored(checkpoint["config"])
     model = UNet(**checkpoint["model_args"]).eval().to(device, memory_format=torch.channels_last)

@@ -55,11 +55,11 @@ def save_pngs(folder, pictures, first):
         to_pil_image(picture).save(folder / f"{n:06d}.png")
 
 
-def save_gif(file, frames, seconds=3.0):
-    """An animation of frames (N, C, H, W) in [-1, 1], this many seconds long; the last stays 2."""
+def save_gif(file, frames):
+    """An animation of frames (N, C, H, W) in [-1, 1]: three seconds, then two of the last frame."""
     grids = [make_grid(x, nrow=10, normalize=True, value_range=(-1, 1)) for x in frames]
     colours = 16 if frames[0].shape[1] == 1 else 128                    # few, for a small file
     pictures = [to_pil_image(grid).quantize(colours) for grid in grids]
-    pause = 1000 * seconds / len(pictures)                              # in milliseconds
+    pause = 3000 / len(pictures)                                        # in milliseconds
     pictures[0].save(file, format="gif", save_all=True, append_images=pictures[1:], loop=0,
                      duration=[pause] * (len(pictures) - 1) + [2000])

@@ -285,7 +285,7 @@ bench/speed | cfm --path=sb | a sigma above 0
 bench/speed | ddpm --attention_levels=7 | attention_levels
 bench/samplers | --runs=nowhere | there is no valid checkpoint nowhere/ckpt.pt
 bench/samplers | --n_samples=0 | not between
-bench/samplers | --runs=ddpm | ddpm is no run of MNIST with labels
+bench/samplers | --runs=ddpm | ddpm is not a run of MNIST with labels
 bench/peers | --minutes=-1 | not between
 bench/peers | --peers=nobody | nobody
 """

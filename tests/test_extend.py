@@ -123,7 +123,7 @@ def test_a_straight_path_is_drawn_by_any_sampler(project):
 @pytest.mark.parametrize("network, counted", [(NETWORK, True), (UNCOUNTABLE, False)])
 @pytest.mark.parametrize("script", ["ddpm", "cfm"])
 def test_a_network(project, script, network, counted):
-    """If its operations cannot be counted, that is no error: their number is left out."""
+    """If its operations cannot be counted, it trains all the same, and their number is left out."""
     with open(project / "unet.py", "a") as file:
         file.write(network)
     printed = learns(project, script)
