@@ -68,7 +68,7 @@ out_dir = "out/cfm"       # for checkpoints, grids and log.csv
 path = "icfm"             # noise to data: icfm, ot, target, vp, sb or sb_exact; see the classes
 sigma = 0.0               # width of the path around its mean; sb needs it above 0, such as 0.5
 t_mean = -0.4             # training times are sigmoid(N(t_mean, 1)); t = 0 is noise
-t_uniform = 0.0           # fraction of each batch with uniform times instead
+t_uniform = 0.02          # fraction of each batch with uniform times instead
 spans = 0.0               # fraction of a batch that trains mean velocities: see config/one_step.py
 sampler = "dpm++"         # ddim, euler, midpoint, heun, rk4, dopri5, or meanflow: see sample.py
 sample_steps = 5          # midpoint and heun evaluate the model twice a step, rk4 four times
@@ -413,7 +413,7 @@ def classifier_free_guidance(model, t, x, y, scale):
 
 def draw_times(n, mean, uniform, device="cpu"):
     """
-    n training times in [0, 1]: a fraction uniform on [0, 1], the rest sigmoid(N(mean, 1)).
+    n training times in [0, 1]: round(uniform n) are uniform, the rest sigmoid(N(mean, 1)).
 
     Esser et al. 2024 (arXiv 2403.03206), section 3.1. At both ends the best prediction is little
     more than a mean: most of what can be learned lies in between.

@@ -352,7 +352,7 @@ def classifier_free_guidance(model, t, x, y, scale):
 
 def draw_times(n, mean, uniform, device="cpu"):
     """
-    n training times in [0, 1]: a fraction uniform on [0, 1], the rest sigmoid(N(mean, 1)).
+    n training times in [0, 1]: round(uniform n) are uniform, the rest sigmoid(N(mean, 1)).
 
     Esser et al. 2024 (arXiv 2403.03206), section 3.1. At both ends the best prediction is little
     more than a mean: most of what can be learned lies in between.
