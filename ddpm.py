@@ -512,7 +512,7 @@ if __name__ == "__main__":
     model_args |= {"in_channels": picture_shape[0], "num_classes": num_classes}
     model = UNet(**model_args).to(device, memory_format=torch.channels_last)
     if start:
-        take_weights(model, start, init_from)
+        take_weights(model, start, init_from, {name: config[name] for name in FIXED})
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     betas = (0.9, adam_beta2)
     if muon:

@@ -151,7 +151,7 @@ def restore(checkpoint, **parts):
 
 def load_weights(folder, method, out_dir):
     """
-    The averaged weights of a run of the method in the folder.
+    The checkpoint of a run of the method in the folder.
 
     Calls fail() if there is none, or if the new run would overwrite it.
     """
@@ -162,20 +162,32 @@ def load_weights(folder, method, out_dir):
     checkpoint = load_checkpoint(Path(folder, "ckpt.pt"))
     if checkpoint["method"] != method:
         fail(f"--init_from={folder} is a run of {checkpoint['method']}.py, not of {method}.py")
-    return checkpoint["ema"]
+    return checkpoint
 
 
-def take_weights(model, weights, folder):
-    """Start from the weights of the run in folder. Layers it lacks are left alone, and listed."""
+def take_weights(model, start, folder, options):
+    """
+    Start from the averaged weights of the run in folder, given its checkpoint.
+
+    Layers it lacks are left alone, and listed; so are those options {name: value} that it had set
+    otherwise.
+    """
     own = model.state_dict()
-    for name, weight in weights.items():
+    for name, weight in start["ema"].items():
         if name not in own or own[name].shape != weight.shape:
             here = tuple(own[name].shape) if name in own else "not there"
             fail(f"--init_from={folder} has another architecture or other classes: "
                  f"its {name} is {tuple(weight.shape)}, here it is {here}")
-    new = model.load_state_dict(weights, strict=False).missing_keys
+    new = model.load_state_dict(start["ema"], strict=False).missing_keys
+    old = {name: start["config"].get(name, value) for name, value in options.items()}
+    other = [f"--{name}={old[name]}" for name in options if old[name] != options[name]]
+    text = f"starting from the weights of {folder}"
+    if new:
+        text += f", except {', '.join(new)}"
+    if other:
+        text += f"; it was trained with {' '.join(other)}"
     if os.environ.get("RANK", "0") == "0":
-        say(f"starting from the weights of {folder}{', except ' if new else ''}{', '.join(new)}")
+        say(text)
 
 
 def catch_stop_signals():

@@ -202,10 +202,14 @@ def test_a_run_begins_with_the_averaged_weights_of_another(script, pairs):
         assert all(torch.equal(state[name], weight) for name, weight in first["ema"].items())
     if script == "cfm":
         printed = here("cfm", *still, f"--init_from={script}-first", "--spans=0.5", "--out_dir=spans", cwd=pairs)
-        assert "of cfm-first, except span.0.weight, span.0.bias, span.2.weight, span.2.bias\n" in printed
+        assert "of cfm-first, except span.0.weight, span.0.bias, span.2.weight, span.2.bias; it was trained with --spans=0.0\n" in printed
         third = checkpoint(pairs / "spans")["model"]
         assert all(torch.equal(third[name], weight) for name, weight in first["ema"].items())
         here("cfm", "--init_from=resume", "--out_dir=spans", "--max_iters=2", cwd=pairs)
+    changed, told = {"ddpm": (["--prediction=eps", "--n_steps=50"], "--n_steps=1000 --prediction=v"),
+                     "cfm": (["--path=target", "--muon=false"], "--path=icfm --muon=True")}[script]
+    printed = here(script, *still, *changed, f"--init_from={script}-first", f"--out_dir={script}-other", cwd=pairs)
+    assert f"starting from the weights of {script}-first; it was trained with {told}\n" in printed
     other = {"ddpm": "cfm", "cfm": "ddpm"}[script]
     for args, message in [
         (["--channels=16"], "its time.0.weight is (32, 8), here it is (64, 16)"),
