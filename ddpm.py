@@ -388,6 +388,18 @@ def get_batch(pictures, labels, noise=None):
     return x, y, None if noise is None else noise[i.to(noise.device)].to(device).float()
 
 
+def update_weights(model, optimizer, scaler, lr):
+    """An optimizer step at rate lr, with the gradients that backward() left in the model."""
+    for group in optimizer.param_groups:
+        group.update(lr=lr, weight_decay=weight_decay)
+    scaler.unscale_(optimizer)                       # so that clipping sees the true gradients
+    if grad_clip:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    scaler.step(optimizer)                           # skipped if a float16 gradient overflowed
+    scaler.update()
+    optimizer.zero_grad()
+
+
 @torch.no_grad()
 def update_average(ema, model, it):
     """
@@ -546,9 +558,6 @@ if __name__ == "__main__":
     run.say(f"samples, log.csv and ckpt.pt go to {Path(out_dir).resolve()}")
 
     while it < max_iters and not run.stopping:
-        lr = get_lr(it)
-        for group in optimizer.param_groups:
-            group.update(lr=lr, weight_decay=weight_decay)
         for micro in range(gradient_accumulation_steps):
             # One seed per batch: resuming draws the same batches, and n processes draw what one
             # does with n micro-batches. The hash of integers is the same everywhere.
@@ -560,12 +569,8 @@ if __name__ == "__main__":
                 loss = trained.loss(*batch)
             scaler.scale(loss / gradient_accumulation_steps).backward()
             losses += torch.stack([loss.detach(), torch.ones_like(loss)])
-        scaler.unscale_(optimizer)                   # so that clipping sees the true gradients
-        if grad_clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-        scaler.step(optimizer)                       # skipped if a float16 gradient overflowed
-        scaler.update()
-        optimizer.zero_grad()
+        lr = get_lr(it)
+        update_weights(model, optimizer, scaler, lr)
         update_average(ema, model, it)
         it += 1
 
