@@ -48,7 +48,7 @@ patch = 2                 # fold patch x patch pixels into channels: 2 runs at h
 batch_size = 64           # per process; with accumulation, the micro-batch size
 gradient_accumulation_steps = 1  # micro-batches per optimizer step
 max_iters = 9380          # optimizer steps: ten epochs of MNIST
-minutes = 0.0             # if above 0, max_iters is set to fill this time, at each line of the log
+minutes = 0.0             # train for this long: each log line adjusts max_iters; 0: for max_iters
 muon = True               # Muon for convolution kernels, AdamW for the rest; false: AdamW for all
 learning_rate = 6e-3      # peak, before the decay
 warmup_iters = 100        # linear warm-up from 0
@@ -70,7 +70,7 @@ sigma = 0.0               # width of the path around its mean; sb needs it above
 t_mean = -0.4             # training times are sigmoid(N(t_mean, 1)); t = 0 is noise
 t_uniform = 0.02          # fraction of each batch with uniform times instead
 spans = 0.0               # fraction of a batch that trains mean velocities: see config/one_step.py
-sampler = "dpm++"         # ddim, euler, midpoint, heun, rk4, dopri5, or meanflow: see sample.py
+sampler = "dpm++"         # or ddim, euler, midpoint, heun, rk4, dopri5, meanflow: see sample.py
 sample_steps = 5          # midpoint and heun evaluate the model twice a step, rk4 four times
 guidance = 1.0            # guidance scale: 0 unconditional, 1 conditional, above 1 stronger
 # -----------------------------------------------------------------------------
@@ -152,8 +152,8 @@ class ExactOptimalTransportConditionalFlowMatcher(ConditionalFlowMatcher):
     """
 
     def pair(self, x0, x1, y=None):
-        a, b = [v.detach().flatten(1).float().cpu() for v in (x1, x0)]
-        cost = torch.cdist(a, b) ** 2                    # (B, B): of pairing picture i with noise j
+        pictures, noise = [v.detach().flatten(1).float().cpu() for v in (x1, x0)]
+        cost = torch.cdist(pictures, noise) ** 2         # (B, B)
         if not cost.isfinite().all():
             raise ValueError("x0 or x1 is not finite, so they cannot be paired")
         if y is not None:
@@ -289,7 +289,7 @@ class VelocityField:
 
     def loss(self, x1, y=None, noise=None, u=None):
         """E |v(t, xt) - ut|^2 for pictures x1. Noise x0 and times u (B,) are drawn unless given."""
-        if self.spans and u is None:                 # in evaluate(), u is given: the loss of v
+        if self.spans and u is None:                 # evaluate() gives u, for the loss of v alone
             return self.meanflow_loss(x1, y, noise)
         u = draw_times(len(x1), self.t_mean, self.t_uniform, x1.device) if u is None else u
         t = u.clamp(self.matcher.margin, 1 - self.matcher.margin)
@@ -330,11 +330,12 @@ class VelocityField:
         u = self.velocity(torch.stack([t, s], 1), xt, y)
 
         with torch.no_grad():                        # the others' target: ut + (s - t) du/dt
-            t, s, x, label = t[:part], s[:part], xt[:part], None if y is None else y[:part]
-            dt = (s - t).clamp(1e-4, step)
-            v = self.velocity(torch.stack([t, t], 1), x, label)
-            ahead = torch.stack([t + dt, s], 1), x + expand_like(dt, x) * v
-            slope = (self.velocity(*ahead, label) - u[:part]) / expand_like(dt, x)
+            t, s, x = t[:part], s[:part], xt[:part]
+            y = None if y is None else y[:part]
+            dt = (s - t).clamp(1e-4, step)           # not 0, to divide by it
+            v = self.velocity(torch.stack([t, t], 1), x, y)
+            ahead = self.velocity(torch.stack([t + dt, s], 1), x + expand_like(dt, x) * v, y)
+            slope = (ahead - u[:part]) / expand_like(dt, x)
             ut[:part] += expand_like(s - t, x) * slope
         error = (u - ut).square().flatten(1).mean(1)
         return (error / (error.detach() + 0.01)).mean()      # the paper's adaptive weight, p = 1
@@ -438,8 +439,8 @@ def get_batch(pictures, labels, noise=None):
     device = labels.device
     i = torch.randint(len(pictures), (batch_size,))
     x = pictures[i.to(pictures.device, non_blocking=True)]
-    if x.device != device:                           # offloaded: a copy from pinned memory does not
-        x = x.pin_memory()                           # block the CPU
+    if x.device != device:                           # offloaded
+        x = x.pin_memory()                           # so that the copy does not block the CPU
     x = x.to(device, non_blocking=True).float() / 127.5 - 1
     if flip:
         mirrored = torch.rand(batch_size, 1, 1, 1, device=device) < 0.5
@@ -452,7 +453,7 @@ def get_batch(pictures, labels, noise=None):
 def update_weights(model, optimizer, scaler, lr):
     """An optimizer step at rate lr, with the gradients that backward() left in the model."""
     for group in optimizer.param_groups:
-        group.update(lr=lr, weight_decay=weight_decay)
+        group.update(lr=lr, weight_decay=weight_decay)   # a resumed run may change the latter
     scaler.unscale_(optimizer)                       # so that clipping sees the true gradients
     if grad_clip:
         torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
@@ -478,7 +479,7 @@ def fixed_batches(x, y, noise, num_classes):
     The batches that all evaluations and grids of a run share, so that they are comparable.
 
     (x, y, noise, u) for evaluate() holds the first 256 held-out pictures, with the noise they are
-    paired with, if any. (noise, y) for sample_grid() makes a row of ten for each class.
+    paired with, if any. (noise, y) for sample_grid() makes ten rows of ten, one class a row.
     """
     device, fixed = x.device, torch.Generator().manual_seed(0)
     x, y = x[:256].float() / 127.5 - 1, y[:256]
@@ -501,7 +502,7 @@ def evaluate(method, x, y, noise, u):
     torch.manual_seed(seed)
     quarters = []
     for quarter in range(4):
-        times = ((quarter + u) / 4).clamp(max=1 - 2**-24)    # rounding to 1 may hit a singular end
+        times = ((quarter + u) / 4).clamp(max=1 - 2**-24)    # (3 + u) / 4 may round to 1
         batches = zip(*[v.split(batch_size) for v in (x, y, noise, times)])
         total = sum(len(batch[0]) * method.loss(*batch) for batch in batches)
         quarters.append(total.item() / len(x))
@@ -599,7 +600,8 @@ if __name__ == "__main__":
         restore(checkpoint, model=model, ema=ema, optimizer=optimizer, scaler=scaler)
         losses += checkpoint["losses"].to(device)
         it = checkpoint["iteration"]
-    # CUDA graphs launch all kernels of a pass at once, but gradients must not outlive a pass.
+    # "reduce-overhead" is CUDA graphs, which launch all kernels of a pass at once. The next pass
+    # reuses their memory, so gradients cannot accumulate over several.
     one_pass = world_size == gradient_accumulation_steps == 1
     net = torch.compile(model, mode="reduce-overhead" if one_pass else None) if compile else model
     if world_size > 1:
@@ -621,7 +623,7 @@ if __name__ == "__main__":
     while it < max_iters and not run.stopping:
         for micro in range(gradient_accumulation_steps):
             # One seed per batch: resuming draws the same batches, and n processes draw what one
-            # does with n micro-batches. The hash of integers is the same everywhere.
+            # does with n micro-batches. Python does not randomise the hash of integers.
             torch.manual_seed(hash((seed, it, micro * world_size + rank)))
             batch = get_batch(x_train, y_train, noise_train)
             if world_size > 1:                       # sync gradients on the last micro-batch only

@@ -210,8 +210,8 @@ def configure(settings, limits={}, argv=None, saved={}):
     """
     argv, script = sys.argv[1:] if argv is None else argv, Path(settings["__file__"])
     if {"-h", "--help"} & set(argv):
-        _, options, *_ = [*re.split("\n# -{20,}\n", script.read_text()), ""]
-        print(settings["__doc__"], options, sep="\n")
+        parts = re.split("\n# -{20,}\n", script.read_text())
+        print(settings["__doc__"], *parts[1:2], sep="\n")
         sys.exit()
     options = Options(settings, limits)
     config = options.restored(saved)

@@ -11,10 +11,10 @@ The forward process q adds noise to a picture in n_steps small steps, until litt
 reverse process p is learned, and undoes them one by one. The bound on -log p(x0) is, except for its
 first and last terms, a sum of
     KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)).
-Each is between Gaussians of fixed variance, so it is a squared distance between their means. Up to
-a weight, which training drops, that is the squared error of a model that predicts the noise in x_t.
-docs/mathematics.md derives it all. Sibling files are imported where they are used, so this one can
-be copied alone.
+Each is between Gaussians of fixed variance: up to a constant, a squared distance between their
+means. Up to a weight, which training drops, that is the squared error of a model that predicts the
+noise in x_t. docs/mathematics.md derives it all. Sibling files are imported where they are used, so
+this one can be copied alone.
 """
 import copy
 import math
@@ -50,7 +50,7 @@ patch = 2                 # fold patch x patch pixels into channels: 2 runs at h
 batch_size = 64           # per process; with accumulation, the micro-batch size
 gradient_accumulation_steps = 1  # micro-batches per optimizer step
 max_iters = 9380          # optimizer steps: ten epochs of MNIST
-minutes = 0.0             # if above 0, max_iters is set to fill this time, at each line of the log
+minutes = 0.0             # train for this long: each log line adjusts max_iters; 0: for max_iters
 muon = True               # Muon for convolution kernels, AdamW for the rest; false: AdamW for all
 learning_rate = 6e-3      # peak, before the decay
 warmup_iters = 100        # linear warm-up from 0
@@ -96,7 +96,8 @@ def cosine_beta(n_steps):
 
 def log_snr_beta(n_steps):
     """Kingma et al. 2021 (arXiv 2107.00630): log(alpha_bar / (1 - alpha_bar)) falls linearly."""
-    # 13.3 is noise of a sixth of a grey level; theirs ends at -5, which leaves more signal at T
+    # at 13.3, as in the paper, the noise is a sixth of a grey level; the paper ends at -5, which
+    # leaves more signal at T
     log_snr = torch.linspace(13.3, -10, n_steps, dtype=torch.float64, device="cpu")
     alpha_bar = torch.cat([torch.ones_like(log_snr[:1]), log_snr.sigmoid()])
     return 1 - alpha_bar[1:] / alpha_bar[:-1]
@@ -302,8 +303,7 @@ class DenoiseDiffusion:
             return [self.taus[round((1 - fraction) * (T - 1))] for fraction in fractions]
         ts = [T]
         for i in range(steps):
-            wanted = i / (2 * steps - i)
-            t = next((t for t in range(T) if self.taus[t] <= wanted), T)
+            t = sum(tau > i / (2 * steps - i) for tau in self.taus)     # the next noisier one
             t = min(t, ts[-1] - 1)                          # each t once,
             ts.append(max(t, steps - 1 - i))                # and one left for each later step
         return [self.taus[t] for t in ts[1:]] + [1.0]
@@ -377,8 +377,8 @@ def get_batch(pictures, labels, noise=None):
     device = labels.device
     i = torch.randint(len(pictures), (batch_size,))
     x = pictures[i.to(pictures.device, non_blocking=True)]
-    if x.device != device:                           # offloaded: a copy from pinned memory does not
-        x = x.pin_memory()                           # block the CPU
+    if x.device != device:                           # offloaded
+        x = x.pin_memory()                           # so that the copy does not block the CPU
     x = x.to(device, non_blocking=True).float() / 127.5 - 1
     if flip:
         mirrored = torch.rand(batch_size, 1, 1, 1, device=device) < 0.5
@@ -391,7 +391,7 @@ def get_batch(pictures, labels, noise=None):
 def update_weights(model, optimizer, scaler, lr):
     """An optimizer step at rate lr, with the gradients that backward() left in the model."""
     for group in optimizer.param_groups:
-        group.update(lr=lr, weight_decay=weight_decay)
+        group.update(lr=lr, weight_decay=weight_decay)   # a resumed run may change the latter
     scaler.unscale_(optimizer)                       # so that clipping sees the true gradients
     if grad_clip:
         torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
@@ -417,7 +417,7 @@ def fixed_batches(x, y, noise, num_classes):
     The batches that all evaluations and grids of a run share, so that they are comparable.
 
     (x, y, noise, u) for evaluate() holds the first 256 held-out pictures, with the noise they are
-    paired with, if any. (noise, y) for sample_grid() makes a row of ten for each class.
+    paired with, if any. (noise, y) for sample_grid() makes ten rows of ten, one class a row.
     """
     device, fixed = x.device, torch.Generator().manual_seed(0)
     x, y = x[:256].float() / 127.5 - 1, y[:256]
@@ -440,7 +440,7 @@ def evaluate(method, x, y, noise, u):
     torch.manual_seed(seed)
     quarters = []
     for quarter in range(4):
-        times = ((quarter + u) / 4).clamp(max=1 - 2**-24)    # rounding to 1 may hit a singular end
+        times = ((quarter + u) / 4).clamp(max=1 - 2**-24)    # (3 + u) / 4 may round to 1
         batches = zip(*[v.split(batch_size) for v in (x, y, noise, times)])
         total = sum(len(batch[0]) * method.loss(*batch) for batch in batches)
         quarters.append(total.item() / len(x))
@@ -538,7 +538,8 @@ if __name__ == "__main__":
         restore(checkpoint, model=model, ema=ema, optimizer=optimizer, scaler=scaler)
         losses += checkpoint["losses"].to(device)
         it = checkpoint["iteration"]
-    # CUDA graphs launch all kernels of a pass at once, but gradients must not outlive a pass.
+    # "reduce-overhead" is CUDA graphs, which launch all kernels of a pass at once. The next pass
+    # reuses their memory, so gradients cannot accumulate over several.
     one_pass = world_size == gradient_accumulation_steps == 1
     net = torch.compile(model, mode="reduce-overhead" if one_pass else None) if compile else model
     if world_size > 1:
@@ -560,7 +561,7 @@ if __name__ == "__main__":
     while it < max_iters and not run.stopping:
         for micro in range(gradient_accumulation_steps):
             # One seed per batch: resuming draws the same batches, and n processes draw what one
-            # does with n micro-batches. The hash of integers is the same everywhere.
+            # does with n micro-batches. Python does not randomise the hash of integers.
             torch.manual_seed(hash((seed, it, micro * world_size + rank)))
             batch = get_batch(x_train, y_train, noise_train)
             if world_size > 1:                       # sync gradients on the last micro-batch only

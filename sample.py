@@ -185,6 +185,7 @@ def ddim(v, z, taus, clip=True, eta=0.0, randn=torch.randn_like):
     """
     for t, s in pairwise(taus):
         data, noise = predictions(t, z, v(t, z), clip)
+        # eq. 16 over (a_s + b_s)^2, with b_s / (a_s + b_s) = 1 - s and a_t / b_t = t / (1 - t)
         var = eta**2 * ((1 - s) ** 2 - (t / s * (1 - s) ** 2 / (1 - t)) ** 2)
         z = s * data + math.sqrt((1 - s) ** 2 - var) * noise
         if var:
@@ -310,14 +311,14 @@ def bound(method, x0, y=None, randn=torch.randn_like, steps=None, u=None):
         xt = method.q_sample(x0, t, randn(x0))
         return xt, method.p_mean(xt, t, y, clip=True), column(method.sigma2, t)
 
-    start = torch.zeros(len(x0), dtype=torch.long, device=x0.device)         # t of x_1, here 0
+    zero = torch.zeros(len(x0), dtype=torch.long, device=x0.device)          # the paper's t = 1
     last = method.n_steps - 1
     n = last if steps is None else steps - 1
     if not 1 <= n <= last:
         raise ValueError(f"the bound takes from 2 to {last + 1} steps, not {steps}")
     if u is None:                                            # with every t summed, u plays no part
-        u = start if n == last else torch.rand(len(x0), device=x0.device)
-    mean, var = method.q_xt_x0(x0, start + last)
+        u = zero if n == last else torch.rand(len(x0), device=x0.device)
+    mean, var = method.q_xt_x0(x0, zero + last)
     prior = (mean.square() + var - 1 - var.log()) / 2
 
     between = 0
@@ -330,7 +331,7 @@ def bound(method, x0, y=None, randn=torch.randn_like, steps=None, u=None):
         kl = (var_q / var + gap.square() / var - 1 + (var / var_q).log()) / 2
         between = between + (high - low) * kl
 
-    _, mean, var = step(start)
+    _, mean, var = step(zero)
     terms = prior, between, decoder_nats(x0, mean, var)
     return [term.flatten(1).mean(1).float().cpu() / math.log(2) for term in terms]
 
@@ -381,6 +382,7 @@ def log_likelihood(method, x, y=None, sampler="dopri5", steps=20, probe=None, **
     state = torch.cat([torch.zeros_like(x.flatten(1)[:, :1]), x.flatten(1)], 1)
     state = SAMPLERS[sampler](with_divergence, state, taus, **options)
     noise = state[:, 1:]
+    # from 1 to 0, so that state[:, 0] is minus the integral of div v over time
     return -(noise.square() + math.log(2 * math.pi)).sum(1) / 2 + state[:, 0]
 
 
@@ -543,15 +545,15 @@ def describe_sampler(config, by_bound):
     return f"{sampler}, {steps} steps"
 
 
-def describe_bits(bits, about):
-    """A sentence on bits (terms, N), which sum to about or at most the bits/dim of N pictures."""
+def describe_bits(bits, relation):
+    """A sentence on the bits/dim of N pictures, "about" or "at most" the sum of bits (terms, N)."""
     n, total = bits.shape[1], bits.sum(0)
     mean, of = f"{total.mean():.4f}", f"mean of {n} held-out pictures"
     if n > 1:
         mean, of = f"{mean} +- {total.std() / math.sqrt(n):.4f}", f"{of} +- std. error"
-    text = f"{about} {mean} bits/dim ({of})"
+    text = f"{relation} {mean} bits/dim ({of})"
     if len(bits) == 3:                                       # those of bound()
-        names = "L_T", "KL of the steps between", "L_0"
+        names = "L_T", "L_(T-1) to L_1", "L_0"
         terms = [f"{name} {term:.4f}" for name, term in zip(names, bits.mean(1))]
         text += f", of {' + '.join(terms)}"
     return text
@@ -708,8 +710,8 @@ if __name__ == "__main__":
     code = 128 + stop_signals[0] if stop_signals else 0
 
     if task == "likelihood":
-        about = "about" if by_bound and steps < config["n_steps"] else "at most"
-        say(f"{describe_bits(torch.cat(bits, 1), about)}; {took}")
+        relation = "about" if by_bound and steps < config["n_steps"] else "at most"
+        say(f"{describe_bits(torch.cat(bits, 1), relation)}; {took}")
         raise SystemExit(code)
     if task == "reconstruct":
         gap = pictures - x_val[:n_samples].permute(0, 2, 3, 1).numpy().astype(float)

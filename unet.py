@@ -42,10 +42,11 @@ def zero_init(layer):
 
 def time_embedding(t, dim, highest=1000, max_period=10_000):
     """
-    Cosines and sines of t, at frequencies from highest to highest / max_period: (B,) -> (B, dim)
+    Cosines and sines of t: (B,) -> (B, dim)
 
-    dim is even. The usual frequencies are meant for t = 1 ... 1000: without the factor of highest,
-    all t in [0, 1] would look alike.
+    Frequencies fall geometrically from highest towards highest / max_period. dim is even. The usual
+    ones are meant for t = 1 ... 1000: without the factor of highest, all t in [0, 1] would look
+    alike.
     """
     i = torch.arange(dim // 2, device=t.device)
     frequency = torch.exp(-math.log(max_period) * i / (dim // 2))
@@ -188,7 +189,8 @@ class UNet(nn.Module):
             emb = self.time(time_embedding(t, self.channels).to(dtype))             # (B, emb)
         else:
             t, s = t.unbind(1) if t.dim() == 2 else (t, t)
-            of_t, of_span = [time_embedding(v, self.channels, 30, 300).to(dtype)
+            # the loss needs d/dt of this model: with frequencies up to 1000 it would explode
+            of_t, of_span = [time_embedding(v, self.channels, highest=30, max_period=300).to(dtype)
                              for v in (t, s - t)]
             emb = self.time(of_t) + self.span(of_span)
         if self.label is not None:

@@ -28,8 +28,9 @@ def load_data(dataset, data_dir="data", image_size=0, conditional=True, backgrou
     The Data named mnist, fashion_mnist, cifar10 or synthetic, in a folder, or in an .npz file.
 
     The test set is held out. If there is none, about one picture in ten is, chosen by its checksum;
-    with fewer than ten pictures, or if none is chosen, all are. If not conditional, there are no
-    labels. background is the colour behind transparent pictures. Exceptions say what is wrong.
+    with fewer than ten pictures, or if that chooses none or all, the same pictures serve for both.
+    If not conditional, there are no labels. background is the colour behind transparent pictures.
+    Exceptions say what is wrong.
     """
     path = Path(dataset)
     if dataset in LOADERS:

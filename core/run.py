@@ -251,8 +251,10 @@ class Run:
     def open_folder(self, iteration, resumed, overwrite):
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.folder)
-        changed = (load_checkpoint(self.checkpoint)["iteration"] != iteration if resumed else
-                   holds_a_run(self.folder) and not overwrite)
+        if resumed:
+            changed = load_checkpoint(self.checkpoint)["iteration"] != iteration
+        else:
+            changed = holds_a_run(self.folder) and not overwrite
         if changed:
             fail(f"another run has written to {self.folder} in the meantime: start again")
         old = r"(ckpt.*|log\.csv.*|sample-\d+.*)\.tmp"      # left when a run is killed
@@ -329,7 +331,7 @@ class Run:
         if not self.processes.is_main:
             return
         row = [str(iteration), f"{loss:.6f}", f"{rate:.3e}", f"{speed:.0f}"]
-        row += [f"{loss:.6f}" for loss in held_out] or [""] * 5
+        row += [f"{value:.6f}" for value in held_out] or [""] * 5
         self.rows.append(",".join(row))
         with survive(OSError, f"write {self.folder / 'log.csv'}"):
             self.write_log()
