@@ -35,10 +35,11 @@ TRAINING = {
     "compile": ["auto", True, False],
     "seed": (0, 2**63 - 1),
     "t_mean": (-5, 5),
+    "image_size": (0, 10_000),
     "adam_beta2": (0, 0.999999),
     **dict.fromkeys(["label_dropout", "dropout", "ema_decay", "t_uniform"], (0, 1)),
     **dict.fromkeys(["learning_rate", "warmup_iters", "weight_decay", "grad_clip"], (0, math.inf)),
-    **dict.fromkeys(["minutes", "image_size", "attention_levels", "guidance"], (0, math.inf)),
+    **dict.fromkeys(["minutes", "attention_levels", "guidance"], (0, math.inf)),
     **dict.fromkeys(["channels", "channel_mults", "n_res_blocks", "patch"], (1, math.inf)),
     **dict.fromkeys(["batch_size", "gradient_accumulation_steps", "sample_steps"], (1, math.inf)),
     **dict.fromkeys(["max_iters", "eval_interval", "log_interval"], (1, math.inf)),
@@ -223,20 +224,24 @@ def configure(settings, limits={}, argv=None, saved={}):
 
 def resume(settings, limits, fixed, checkpoint):
     """
-    configure() for a resumed run: its saved options, except out_dir, overridden by those given now.
+    configure() for a resumed run: its saved options, overridden by those given now.
 
-    Prints what has changed. Calls fail() if that is one of fixed, or if nothing is left to do.
+    Some options hold for one command only. Prints what has changed. Calls fail() if that is one of
+    fixed, or if nothing is left to do.
     """
+    once = "init_from", "out_dir", "overwrite", "changed_data", "minutes"
     saved, it = checkpoint["config"], checkpoint["iteration"]
-    config = configure(settings, limits, saved={k: v for k, v in saved.items() if k != "out_dir"})
+    config = configure(settings, limits, saved={k: v for k, v in saved.items() if k not in once})
     for name, value in config.items():
         before = saved.get(name, value)
         if value != before and name in fixed:
             fail(f"--{name}={value}: the run in {config['out_dir']} has {before}, for good")
         main_process = os.environ.get("RANK", "0") == "0"
-        if value != before and name not in ("init_from", "out_dir") and main_process:
+        if value != before and name not in once and main_process:
             say(f"resuming with {name} = {value}, which was {before}")
-    if it >= config["max_iters"]:
+    if it >= config["max_iters"] and config["minutes"]:
+        settings["max_iters"] = config["max_iters"] = 2 * it     # until the clock sets it
+    elif it >= config["max_iters"]:
         fail(f"the run in {config['out_dir']} is complete at iteration {it}: "
              f"to train longer, add --max_iters={2 * it}")
     return config

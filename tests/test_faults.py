@@ -21,6 +21,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import core.data
 from core.run import atomic_write, backup_path, load_checkpoint
@@ -435,6 +436,9 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path):
     for out_dir in ("file", "file/x", "/proc/x", 300 * "x"):
         option = f"--out_dir={out_dir}"
         refused("cfm", *TINY, option, cwd=tmp_path, message=f"{option}: ")
+    Image.new("L", (8, 8)).save(tmp_path / "1.png")          # at once: before pictures are read
+    refused("cfm", *TINY, "--dataset=.", "--out_dir=file/x", cwd=tmp_path, message="is not a folder that")
+    assert not list(tmp_path.rglob("*.u8"))
     here("cfm", *TINY, "--max_iters=1", "--out_dir=x", cwd=tmp_path)
     (tmp_path / "folder.npz").mkdir()
     for save in ("file/x.npz", "folder.npz", "/proc/x.npz", 300 * "x"):
@@ -494,7 +498,14 @@ def test_a_run_by_the_clock_that_was_stopped_can_be_resumed(tmp_path):
     assert stopped["config"]["max_iters"] > stopped["iteration"] >= 10
     process = start("cfm", *RESUME[:1], "--minutes=0.02", cwd=tmp_path)
     assert process.communicate(timeout=60)[1] == "" and process.returncode == 0
-    assert checkpoint(tmp_path / "out" / "cfm")["iteration"] > stopped["iteration"]
+    done = checkpoint(tmp_path / "out" / "cfm")["iteration"]
+    assert done > stopped["iteration"]
+    # it is complete, so it goes on by another clock, or by a number that no clock overrides
+    here("cfm", *RESUME[:1], "--minutes=0.01", cwd=tmp_path)
+    more = checkpoint(tmp_path / "out" / "cfm")["iteration"]
+    assert more > done
+    here("cfm", *RESUME[:1], f"--max_iters={more + 3}", cwd=tmp_path)
+    assert checkpoint(tmp_path / "out" / "cfm")["iteration"] == more + 3
 
 
 @pytest.mark.slow
