@@ -521,6 +521,19 @@ def check_request(config, is_ddpm, num_classes, auto, paired):
              "not with dopri5 or ancestral sampling")
 
 
+def check_interval(method):
+    """Calls fail() if guidance_interval has none of the times at which the model is evaluated."""
+    from configurator import fail
+
+    taus = times(method, sampler, steps)
+    between = [(a + b) / 2 for a, b in pairwise(taus)] if sampler in ("midpoint", "rk4") else []
+    evaluated = [tau for tau in taus + between if tau < 1 or sampler == "rk4"]
+    low, high = guidance_interval
+    if not any(low <= tau <= high for tau in evaluated):
+        fail(f"--guidance_interval={low:g},{high:g} has none of the {len(evaluated)} times at which "
+             "the model is evaluated: add --steps")
+
+
 def bits_per_dim(method, x, y, draws, by_bound, options):
     """The terms (terms, B) of a bound on bits/dim, for x (B, C, H, W) of levels 0 to 255."""
     if by_bound:
@@ -641,6 +654,8 @@ if __name__ == "__main__":
         check_sampler(sampler, script.build(None, config))
     most = config.get("n_steps", math.inf)
     steps = steps or (most if by_bound else min(most, 20 if real else config["sample_steps"]))
+    if guidance_interval != (0, 1):
+        check_interval(script.build(None, config))
     device, _, _ = choose_machine(device)
     batch_size = batch_size or (100 if device == "cpu" else 250)
     if real or sampler == "dopri5":                          # their errors are smaller than TF32's

@@ -184,6 +184,8 @@ def read_pictures(file):
     if y is not None and y.shape != x.shape[:1]:
         fail(f"{file}: arr_1 must be a label for each of {len(x)} pictures, "
              f"but is {tuple(y.shape)}")
+    if y is not None and (y.is_floating_point() or y.min() < 0 or y.max() > 9):
+        fail(f"{file}: arr_1 must be labels from 0 to 9")
     return x.permute(0, 3, 1, 2), y
 
 

@@ -1,4 +1,5 @@
 """What sample.py writes: a grid, an animation, an .npz file, or a folder of PNGs."""
+import math
 import tempfile
 
 import numpy as np
@@ -57,6 +58,7 @@ def save_pngs(folder, pictures, first):
 
 def save_gif(file, frames):
     """An animation of frames (N, C, H, W) in [-1, 1]: three seconds, then two of the last frame."""
+    frames = frames[:-1:math.ceil(len(frames) / 150)] + frames[-1:]     # browsers need 20 ms each
     grids = [make_grid(x, nrow=10, normalize=True, value_range=(-1, 1)) for x in frames]
     colours = 16 if frames[0].shape[1] == 1 else 128                    # few, for a small file
     pictures = [to_pil_image(grid).quantize(colours) for grid in grids]

@@ -130,8 +130,9 @@ def test_quality_refuses_other_files_in_one_line(tmp_path):
     np.savez(tmp_path / "wide.npz", np.zeros((4, 28, 30, 1), np.uint8))
     (tmp_path / "text.npz").write_text("text")
     np.savez(tmp_path / "few.npz", np.zeros((4, 28, 28, 1), np.uint8), np.zeros(1, int))
+    np.savez(tmp_path / "ten.npz", np.zeros((4, 28, 28, 1), np.uint8), np.arange(7, 11))
     messages = {"wide.npz": "must be uint8 (N, 28, 28, 1)", "text.npz": "text.npz: ", "no.npz": "No such",
-                "few.npz": "a label for each of 4 pictures"}
+                "few.npz": "a label for each of 4 pictures", "ten.npz": "labels from 0 to 9"}
     for file, message in messages.items():
         done = bench("quality.py", file, cwd=tmp_path)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr

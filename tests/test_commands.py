@@ -216,6 +216,7 @@ out/cfm | cannot read the config file
 --guidance_interval=0.5 --guidance=2 | must be two times, such as 0.2,0.8
 --guidance_interval=0,0.5,1 --guidance=2 | must be two times, such as 0.2,0.8
 --guidance_interval=() --guidance=2 | must be two times, such as 0.2,0.8
+--guidance_interval=0.7,1 --guidance=2 --sampler=euler --steps=2 | none of the 2 times
 --guidance_interval=0.2,1.5 --guidance=2 | not between 0 and 1
 --guidance_interval=-0.2,0.8 --guidance=2 | not between 0 and 1
 --guidance_interval=nan,1 --guidance=2 | expected tuple such as (0.0, 1.0)

@@ -4,12 +4,14 @@ import copy
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from exact import ONE, TWO, cdf, count_calls, exact_cfm, exact_ddpm, log_density, transported
 
 import sample
 from cfm import PATHS, ConditionalFlowMatcher, VelocityField
+from core.save import save_gif
 from ddpm import DenoiseDiffusion
 from sample import (
     LOOK_AHEAD,
@@ -761,3 +763,20 @@ def test_euler_too_leads_to_noise_and_back(name):
 def test_an_interval_of_guidance_needs_steps(sampler):
     with pytest.raises(ValueError, match="does not go with"):
         draw(exact_ddpm(ONE), NOISE, sampler=sampler, guidance=2, interval=(0.2, 0.8))
+
+
+def test_a_long_animation_still_takes_five_seconds(tmp_path):
+    """Browsers slow down frames of less than 20 ms: at most 150 of many are kept, and the last."""
+    from PIL import Image
+
+    frames = [torch.full((1, 1, 4, 4), -1 + i / 200) for i in range(401)]
+    for n in (10, 150, 151, 401):
+        with open(tmp_path / "x.gif", "wb") as f:
+            save_gif(f, [*frames[:n - 1], frames[400]])
+        with Image.open(tmp_path / "x.gif") as gif:
+            pauses = []
+            for i in range(gif.n_frames):
+                gif.seek(i)
+                pauses.append(gif.info["duration"])
+            assert np.asarray(gif.convert("L")).max() > 250
+        assert min(pauses) >= 20 and 4000 < sum(pauses) <= 5100
