@@ -12,7 +12,7 @@ Noise x0, at t = 0, flows to data x1, at t = 1, along dx/dt = v(t, x). We choose
 one x0 to one x1: a straight line, of velocity x1 - x0. A model trained to predict that from x_t and
 t alone learns the mean velocity of the lines through x_t, since the mean minimises the squared
 error. The flow along it carries noise to the data distribution. docs/mathematics.md derives it all.
-Sibling files are imported where they are used, so this one can be copied alone.
+Sibling files are imported where they are used, so the classes here need only torch.
 """
 import copy
 import math
@@ -520,6 +520,7 @@ def sample_grid(method, noise, y):
 def check_options(config):
     """Calls fail() if options do not go together. Runs before any data are read."""
     from configurator import explained, fail
+    from core.pictures import find_pictures
     from sample import check_sampler
     from unet import UNet
 
@@ -527,8 +528,10 @@ def check_options(config):
         trial = build(UNet(**{name: config[name] for name in ARCHITECTURE}), config)
         check_sampler(sampler, trial)
         trial.loss(torch.zeros(2, 1, 8, 8))          # fail now rather than in training
-    if Path(dataset).is_dir() and Path(dataset).resolve() == Path(out_dir).resolve():
-        fail(f"--out_dir={out_dir} is the folder of the pictures: choose another one")
+    inside = Path(out_dir).is_dir() and Path(out_dir).resolve().is_relative_to(
+        Path(dataset).resolve())
+    if inside and find_pictures(out_dir)[0]:
+        fail(f"--out_dir={out_dir} holds pictures of --dataset={dataset}: choose another one")
     if guidance != 1 and not conditional:
         fail(f"--guidance={guidance}: without labels there is nothing to be guided by")
     if guidance != 1 and not label_dropout:

@@ -14,7 +14,7 @@ first and last terms, a sum of
 Each is between Gaussians of fixed variance: up to a constant, a squared distance between their
 means. Up to a weight, which training drops, that is the squared error of a model that predicts the
 noise in x_t. docs/mathematics.md derives it all. Sibling files are imported where they are used, so
-this one can be copied alone.
+the classes here need only torch.
 """
 import copy
 import math
@@ -458,6 +458,7 @@ def sample_grid(method, noise, y):
 def check_options(config):
     """Calls fail() if options do not go together. Runs before any data are read."""
     from configurator import explained, fail
+    from core.pictures import find_pictures
     from sample import check_sampler
     from unet import UNet
 
@@ -465,8 +466,10 @@ def check_options(config):
         trial = build(UNet(**{name: config[name] for name in ARCHITECTURE}), config)
         check_sampler(sampler, trial)
         trial.loss(torch.zeros(2, 1, 8, 8))          # fail now rather than in training
-    if Path(dataset).is_dir() and Path(dataset).resolve() == Path(out_dir).resolve():
-        fail(f"--out_dir={out_dir} is the folder of the pictures: choose another one")
+    inside = Path(out_dir).is_dir() and Path(out_dir).resolve().is_relative_to(
+        Path(dataset).resolve())
+    if inside and find_pictures(out_dir)[0]:
+        fail(f"--out_dir={out_dir} holds pictures of --dataset={dataset}: choose another one")
     if guidance != 1 and not conditional:
         fail(f"--guidance={guidance}: without labels there is nothing to be guided by")
     if guidance != 1 and not label_dropout:

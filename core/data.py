@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import zipfile
 import zlib
@@ -33,14 +34,18 @@ def load_data(dataset, data_dir="data", image_size=0, conditional=True, backgrou
     Exceptions say what is wrong.
     """
     path = Path(dataset)
-    if dataset in LOADERS:
-        data = LOADERS[dataset](data_dir, image_size)
-    elif dataset and path.is_dir():
-        data = load_folder(path, data_dir, image_size, background)
-    elif path.suffix.lower() == ".npz" and path.is_file():
-        data = load_npz(path, image_size)
-    else:
-        raise ValueError(f"not one of {', '.join(LOADERS)}, nor a folder or an .npz file here")
+    try:
+        if dataset in LOADERS:
+            data = LOADERS[dataset](data_dir, image_size)
+        elif dataset and path.is_dir():
+            data = load_folder(path, data_dir, image_size, background)
+        elif path.suffix.lower() == ".npz" and path.is_file():
+            data = load_npz(path, image_size)
+        else:
+            raise ValueError(f"not one of {', '.join(LOADERS)}, nor a folder or an .npz file here")
+    except KeyboardInterrupt:
+        say(f"stopped while reading {dataset}", file=sys.stderr)
+        sys.exit(130)
     if not conditional:
         data.classes = []
         data.train = data.train[0], torch.full_like(data.train[1], -1)
@@ -317,8 +322,9 @@ def load_npz(path, size):
 
 def read_npz(path):
     """Its arrays, checked: pictures, labels (-1 for none), names of classes, and noise or None."""
-    if not zipfile.is_zipfile(path):
-        raise ValueError("it is not an .npz archive")
+    with open(path, "rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise ValueError("it is not an .npz archive")
     with np.load(path) as arrays:
         if "arr_0" not in arrays:
             raise ValueError("it must hold pictures as arr_0, "

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 import time
 import zlib
 from collections import Counter, defaultdict, deque
@@ -20,6 +19,8 @@ from PIL import Image, ImageColor, ImageOps
 
 from configurator import say
 from core.run import atomic_write
+
+Image.MAX_IMAGE_PIXELS = None            # a user's own pictures may be as large as they like
 
 
 class Data:
@@ -63,11 +64,15 @@ class Data:
         return f"{line}\nclasses: {self.counts()}" if self.classes else line
 
     def counts(self):
-        """A line with the number of training pictures of each class."""
+        """A line with the number of training pictures of each class, and of those without one."""
         y = self.train[1]
         counts = y[y >= 0].bincount(minlength=len(self.classes)).tolist()
-        line = ", ".join(f"{name}: {n}" for name, n in list(zip(self.classes, counts))[:20])
-        return line + (", ..." if len(self.classes) > 20 else "")
+        parts = [f"{name}: {n}" for name, n in list(zip(self.classes, counts))[:20]]
+        if len(self.classes) > 20:
+            parts.append("...")
+        if unlabelled := int((y < 0).sum()):
+            parts.append(f"without a label: {unlabelled}")
+        return ", ".join(parts)
 
 
 class Splitter:
@@ -234,15 +239,17 @@ def excess_bits(values):
 
 def say_if_one_level_off(folder, files):
     """A hint if the classes seem to be one level down, as in train/cat, train/dog and test/cat."""
-    below = defaultdict(set)                                 # the subfolders of each class
+    below, sizes = defaultdict(set), Counter()               # the subfolders of each class
     for path in files:
         top, inner, *_ = *path.relative_to(folder).parts[:-1], "", ""
         below[top].add(inner)
-    (top, inner), *others = below.items()
-    if len(inner) > 1 and "" not in inner and all(names == inner for _, names in others):
+        sizes[top] += 1
+    inner, *others = below.values()
+    if len(inner) > 1 and "" not in inner and all(names == inner for names in others):
         names = ", ".join(sorted(inner, key=natural)[:5])
+        largest = max(sizes, key=sizes.get)                  # of train and test, it is train
         say(f"the classes are {', '.join(below)}: if you mean {names}, "
-            f"use --dataset={folder / top}")
+            f"use --dataset={folder / largest}")
 
 
 def load_folder(folder, data_dir, size, background):
@@ -269,11 +276,7 @@ def load_folder(folder, data_dir, size, background):
             return open_cache(about)
         say(f"{folder} has changed since it was read: reading it again")
     say_if_one_level_off(folder, files)
-    try:
-        write_cache(folder, files, size, background, about, stamp)
-    except KeyboardInterrupt:
-        say(f"stopped while reading {folder}", file=sys.stderr)
-        sys.exit(130)
+    write_cache(folder, files, size, background, about, stamp)
     return open_cache(about)
 
 

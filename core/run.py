@@ -61,6 +61,9 @@ def holds_a_run(folder):
 def require_free_folder(folder, overwrite=False):
     """Calls fail() if a run in the folder would replace another one, or files that no run wrote."""
     with explained(f"--out_dir={folder}: "):
+        existing = next(p for p in (Path(folder), *Path(folder).absolute().parents) if p.exists())
+        if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+            fail(f"--out_dir={folder}: {existing} is not a folder that can be written to")
         log, runs = Path(folder, "log.csv"), holds_a_run(folder)
         if runs and not overwrite:
             fail(f"{folder} holds a run: continue it with --init_from=resume, "
@@ -172,20 +175,20 @@ def take_weights(model, start, folder, options):
     Layers it lacks are left alone, and listed; so are those options {name: value} that it had set
     otherwise.
     """
+    old = {name: start["config"].get(name, value) for name, value in options.items()}
+    other = [f"--{name}={old[name]}" for name in options if old[name] != options[name]]
+    trained = f"; it was trained with {' '.join(other)}" if other else ""
     own = model.state_dict()
     for name, weight in start["ema"].items():
         if name not in own or own[name].shape != weight.shape:
             here = tuple(own[name].shape) if name in own else "not there"
             fail(f"--init_from={folder} has another architecture or other classes: "
-                 f"its {name} is {tuple(weight.shape)}, here it is {here}")
+                 f"its {name} is {tuple(weight.shape)}, here it is {here}{trained}")
     new = model.load_state_dict(start["ema"], strict=False).missing_keys
-    old = {name: start["config"].get(name, value) for name, value in options.items()}
-    other = [f"--{name}={old[name]}" for name in options if old[name] != options[name]]
     text = f"starting from the weights of {folder}"
     if new:
         text += f", except {', '.join(new)}"
-    if other:
-        text += f"; it was trained with {' '.join(other)}"
+    text += trained
     if os.environ.get("RANK", "0") == "0":
         say(text)
 

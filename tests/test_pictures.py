@@ -123,10 +123,11 @@ def test_a_folder_level_too_many_is_noticed(tops, tmp_path, monkeypatch, capsys)
     for top in tops:
         for kind in ("cat", "dog"):
             picture(tmp_path / "p" / top / kind / "1.png")
+    picture(tmp_path / "p" / tops[0] / "cat" / "2.png")      # train has more than test
     load("p")
     said = capsys.readouterr().out
     assert f"the classes are {', '.join(sorted(tops))}" in said or tops[0] in said
-    assert "if you mean cat, dog, use --dataset=p/" in said
+    assert f"if you mean cat, dog, use --dataset=p/{tops[0]}\n" in said
 
 
 def test_nothing_is_said_where_the_level_is_right(pets, capsys):
@@ -416,6 +417,9 @@ def test_a_moved_set_is_accepted_and_a_changed_one_is_named(pets):
     assert code == 2 and "pictures 60 before, 61 now" in err
     here("cfm", *moved, "--changed_data", cwd=cwd)
     assert checkpoint(cwd / "run")["data"]["pictures"] == 61
+    picture(cwd / "again" / "cat" / "newer.png", (255, 255, 255))        # allowed once, not for good
+    code, _, err = run_here("cfm", *moved[:-1], "--max_iters=40", cwd=cwd)
+    assert code == 2 and "pictures 61 before, 62 now" in err and "--changed_data" in err
 
 
 def test_classes_that_were_renamed_are_named(pets):
@@ -526,7 +530,35 @@ def test_the_pictures_folder_is_no_folder_for_a_run(out_dir, tmp_path):
     for i in range(12):
         picture(tmp_path / "pics" / f"{i}.png", (i, 0, 0))
     refused("cfm", "--dataset=pics", f"--out_dir={out_dir}", *T, cwd=tmp_path,
-            message="is the folder of the pictures")
+            message="holds pictures of --dataset=pics")
+
+
+def test_a_run_may_not_hide_a_class(tmp_path):
+    """A folder with a checkpoint is skipped as one of a run, so the pictures in it would be lost."""
+    for kind in ("cat", "dog"):
+        for i in range(12):
+            picture(tmp_path / "pics" / kind / f"{i}.png", (i, 0, 0))
+    refused("cfm", "--dataset=pics", "--out_dir=pics/cat", *T, cwd=tmp_path,
+            message="--out_dir=pics/cat holds pictures of --dataset=pics")
+    for _ in range(2):                       # a new folder there may well be the run's own
+        here("cfm", "--dataset=pics", "--out_dir=pics/run", "--overwrite", *T, cwd=tmp_path)
+
+
+def test_pictures_without_a_label_are_counted(tmp_path):
+    for name in ("cat/1.png", "cat/2.png", "dog/1.png", "1.png", "2.png"):
+        picture(tmp_path / "pics" / name, (len(name), 0, 0))
+    said = here("cfm", "--dataset=pics", *T, cwd=tmp_path)
+    assert "classes: cat: 2, dog: 1, without a label: 2\n" in said
+
+
+def test_huge_pictures_are_read_without_a_warning(tmp_path):
+    """Pillow's limits of 89 and 179 million pixels are for files from strangers."""
+    for i, side in enumerate((9_500, 13_500)):
+        (tmp_path / "pics").mkdir(exist_ok=True)
+        Image.new("1", (side, side), i).save(tmp_path / "pics" / f"{i}.png")
+    code, _, err = run_here("cfm", "--dataset=pics", "--image_size=8", *T, cwd=tmp_path)
+    assert (code, err) == (0, "")
+    refused("cfm", "--dataset=pics", "--image_size=10001", *T, cwd=tmp_path, message="not between 0 and 10000")
 
 
 def test_two_classes_of_one_name_are_both_drawn(tmp_path):
