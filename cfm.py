@@ -528,9 +528,8 @@ def check_options(config):
         trial = build(UNet(**{name: config[name] for name in ARCHITECTURE}), config)
         check_sampler(sampler, trial)
         trial.loss(torch.zeros(2, 1, 8, 8))          # fail now rather than in training
-    inside = Path(out_dir).is_dir() and Path(out_dir).resolve().is_relative_to(
-        Path(dataset).resolve())
-    if inside and find_pictures(out_dir)[0]:
+    folder, pictures = Path(out_dir).resolve(), Path(dataset).resolve()
+    if folder.is_dir() and folder.is_relative_to(pictures) and find_pictures(folder)[0]:
         fail(f"--out_dir={out_dir} holds pictures of --dataset={dataset}: choose another one")
     if guidance != 1 and not conditional:
         fail(f"--guidance={guidance}: without labels there is nothing to be guided by")
