@@ -2,6 +2,7 @@
 import contextlib
 import ctypes
 import os
+import re
 import sys
 from datetime import timedelta
 
@@ -36,8 +37,18 @@ def choose_machine(device="auto", dtype="auto", compile=False):
     if dtype == "auto":
         native_bfloat16 = cuda and torch.cuda.get_device_capability()[0] >= 8
         dtype = "bfloat16" if native_bfloat16 else "float16" if cuda else "float32"
+    sys.excepthook = explain_lack_of_memory
     wanted = cuda if compile == "auto" else compile
     return device, dtype, wanted and try_to_compile(device, required=compile is True)
+
+
+def explain_lack_of_memory(kind, error, traceback):
+    """An excepthook: a program that runs out of memory ends with a line, not with a traceback."""
+    on_cpu = re.search("can't allocate memory|bad_alloc", str(error))    # torch's RuntimeErrors
+    if on_cpu or issubclass(kind, (torch.OutOfMemoryError, MemoryError)):
+        fail("out of memory: try a smaller --batch_size, and in training accordingly more "
+             "--gradient_accumulation_steps")
+    sys.__excepthook__(kind, error, traceback)
 
 
 def try_to_compile(device, required=False):

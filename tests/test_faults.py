@@ -341,6 +341,18 @@ def limit(size):
 
 
 @pytest.mark.slow
+def test_a_lack_of_memory_is_told_in_a_line(tmp_path):
+    """While training and while drawing, with 6 GiB of addresses."""
+    here("cfm", *TINY, "--max_iters=1", "--out_dir=x", cwd=tmp_path)
+    few = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30, 6 * 2**30))}
+    for args in (["cfm", *TINY, "--batch_size=1000000", "--channels=64", "--out_dir=y"],
+                 ["sample", "--out_dir=x", "--n_samples=400000", "--batch_size=400000"]):
+        process = start(*args, cwd=tmp_path, **few)
+        _, err = process.communicate(timeout=100)
+        assert process.returncode == 2 and err.count("\n") == 1 and "smaller --batch_size" in err, err
+
+
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_does_not_end_the_run(tmp_path):
     """At first, no file may exceed 100 kB: the checkpoint does not fit, everything else does."""
     args = [*TINY, "--max_iters=1000000", "--decay_lr=false", "--out_dir=x"]
