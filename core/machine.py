@@ -46,8 +46,8 @@ def explain_lack_of_memory(kind, error, traceback):
     """An excepthook: a program that runs out of memory ends with a line, not with a traceback."""
     on_cpu = re.search("can't allocate memory|bad_alloc", str(error))    # torch's RuntimeErrors
     if on_cpu or issubclass(kind, (torch.OutOfMemoryError, MemoryError)):
-        fail("out of memory: try a smaller --batch_size, and in training accordingly more "
-             "--gradient_accumulation_steps")
+        fail("out of memory: try a smaller --batch_size; in training, "
+             "--gradient_accumulation_steps makes up for it")
     sys.__excepthook__(kind, error, traceback)
 
 
