@@ -36,9 +36,10 @@ def test_a_label_may_be_missing(tmp_path):
     np.savez(tmp_path / "x.npz", x, np.arange(40) % 4 - 1)
     tiny = [option for option in TINY if "dataset" not in option]
     printed = here("cfm", *tiny, "--dataset=x.npz", "--max_iters=2", cwd=tmp_path)
-    counted = re.search(r"classes: 0: (\d+), 1: (\d+), 2: (\d+)\n", printed).groups()
+    line = r"classes: 0: (\d+), 1: (\d+), 2: (\d+), without a label: (\d+)\n"
+    counted = re.search(line, printed).groups()
     _, y = load_data(str(tmp_path / "x.npz")).train
-    assert [int(n) for n in counted] == [(y == i).sum() for i in range(3)]
+    assert [int(n) for n in counted] == [(y == i).sum() for i in (0, 1, 2, -1)]
 
 
 def test_npz_as_sample_py_writes_it(tmp_path):
