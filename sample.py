@@ -525,9 +525,14 @@ def check_interval(method):
     """Calls fail() if guidance_interval has none of the times at which the model is evaluated."""
     from configurator import fail
 
-    taus = times(method, sampler, steps)
-    between = [(a + b) / 2 for a, b in pairwise(taus)] if sampler in ("midpoint", "rk4") else []
-    evaluated = [tau for tau in taus + between if tau < 1 or sampler == "rk4"]
+    def v(tau, z):
+        evaluated.append(tau[0] if isinstance(tau, tuple) else tau)
+        return z
+
+    taus, evaluated = times(method, sampler, steps), []
+    SAMPLERS[sampler](v, torch.zeros(1), taus)               # a rehearsal, without the model
+    if taus[-1] < 1:                                         # the last step, see draw()
+        evaluated.append(taus[-1])
     low, high = guidance_interval
     if not any(low <= tau <= high for tau in evaluated):
         fail(f"--guidance_interval={low:g},{high:g} has none of the {len(evaluated)} times at which "

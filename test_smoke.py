@@ -219,6 +219,9 @@ def test_guidance_acts_in_its_interval_of_times(trained):
     assert min(gap(plain, guided), gap(between, plain), gap(between, guided)) > 5
     refused("sample", *draw, "--guidance=30", "--guidance_interval=0.998,0.999", cwd=cwd,
             message="none of the 8 times at which")
+    if script == "cfm":                              # half a step counts, too
+        half = ["--sampler=midpoint", "--steps=2", "--guidance=30", "--guidance_interval=0.2,0.3"]
+        assert gap(drawn(*draw[:2], *half, cwd=cwd), drawn(*draw[:2], *half[:2], cwd=cwd)) > 5
     wrong, message = ["--guidance_interval=0.2,0.8"], "--guidance_interval goes with a --guidance"
     for args in ([], ["--guidance=1"], ["--guidance=3", "--sampler=dopri5"]):
         refused("sample", draw[0], *wrong, *args, cwd=cwd, message=message)
