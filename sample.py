@@ -535,8 +535,8 @@ def check_interval(method):
         evaluated.append(taus[-1])
     low, high = guidance_interval
     if not any(low <= tau <= high for tau in evaluated):
-        fail(f"--guidance_interval={low:g},{high:g} has none of the {len(evaluated)} times at which "
-             "the model is evaluated: add --steps")
+        fail(f"--guidance_interval={low:g},{high:g} has none of the {len(evaluated)} times at "
+             "which the model is evaluated: add --steps")
 
 
 def bits_per_dim(method, x, y, draws, by_bound, options):
