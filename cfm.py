@@ -21,60 +21,16 @@ from pathlib import Path
 import torch
 
 # -----------------------------------------------------------------------------
-# output
-eval_interval = 938       # iterations between evaluations, grids and checkpoints: an epoch of MNIST
-log_interval = 100        # iterations between lines of the log
-init_from = "scratch"     # or "resume": continue the run in out_dir with its options; or another
-#                           run's folder: start from its averaged weights
-overwrite = False         # replace the run in out_dir
-# data
-dataset = "mnist"         # or fashion_mnist, cifar10, synthetic, a folder of pictures, an .npz file
-data_dir = "data"         # for downloads, and for the cache of picture folders
-image_size = 0            # centre-crop and resize pictures to this size; 0: leave them as they are
-background = "white"      # for transparent pictures: a colour's name, or #rrggbb
-changed_data = False      # allow resuming on changed data
-offload = False           # keep the pictures in CPU memory: for data sets too large for the GPU
-flip = False              # randomly mirror pictures: not for digits
-conditional = True        # class-conditional, if the data has labels
-label_dropout = 0.02      # fraction of labels dropped, which makes guidance possible
-# model, see unet.py
-channels = 24             # base width
-channel_mults = (1, 2)    # width of each level, as a multiple; the resolution halves in between
-n_res_blocks = 1          # residual blocks per level
-attention_levels = (2,)   # levels with attention, from 0; one past the last is the middle block
-dropout = 0.0             # inside the residual blocks
-patch = 2                 # fold patch x patch pixels into channels: 2 runs at half the resolution
-# training
-batch_size = 64           # per process; with accumulation, the micro-batch size
-gradient_accumulation_steps = 1  # micro-batches per optimizer step
-max_iters = 9380          # optimizer steps: ten epochs of MNIST
-minutes = 0.0             # train for this long: each log line adjusts max_iters; 0: for max_iters
-muon = True               # Muon for convolution kernels, AdamW for the rest; false: AdamW for all
-learning_rate = 6e-3      # peak, before the decay
-warmup_iters = 100        # linear warm-up from 0
-decay_lr = True           # linear decay to 0 over the whole run; false: constant after the warm-up
-weight_decay = 0.01       # decoupled, as in AdamW
-adam_beta2 = 0.99         # decay of AdamW's second moment; 0.999 is the usual value
-grad_clip = 1.0           # clip the gradient's norm; 0: no clipping
-ema_decay = 0.999         # of the averaged weights, which are used for sampling; ramps up from 0.1
-# machine
-device = "auto"           # cuda, cuda:1, mps or cpu; auto: the first that is available
-dtype = "auto"            # float32, bfloat16 or float16; auto: bfloat16 on CUDA, float16 on older
-#                           GPUs, float32 elsewhere
-compile = "auto"          # torch.compile: true or false; auto: on CUDA
-seed = 1337               # every draw is a function of seed, iteration and micro-batch
-# the method, and the grids drawn with it
+# the method; the options of training, the same in ddpm.py, are below
 out_dir = "out/cfm"       # for checkpoints, grids and log.csv
 path = "icfm"             # noise to data: icfm, ot, target, vp, sb or sb_exact; see the classes
 sigma = 0.0               # width of the path around its mean; sb needs it above 0, such as 0.5
 t_mean = -0.4             # training times are sigmoid(N(t_mean, 1)); t = 0 is noise
 t_uniform = 0.02          # fraction of each batch with uniform times instead
-spans = 0.0               # fraction of a batch that trains mean velocities: see config/one_step.py
-sampler = "dpm++"         # or ddim, euler, midpoint, heun, rk4, dopri5, meanflow: see sample.py
-sample_steps = 5          # midpoint and heun evaluate the model twice a step, rk4 four times
-guidance = 1.0            # guidance scale: 0 unconditional, 1 conditional, above 1 stronger
 # -----------------------------------------------------------------------------
 METHOD = "cfm"
+METHOD_LIMITS = {"sigma": (0, math.inf), "t_mean": (-5, 5), "t_uniform": (0, 1)}   # (least, most)
+METHOD_UNCHANGEABLE = ["path", "sigma"]              # on resume
 
 
 class ConditionalFlowMatcher:
@@ -84,12 +40,14 @@ class ConditionalFlowMatcher:
     Its mean is a straight line, mu_t = t x1 + (1 - t) x0, and sigma_t = sigma is constant. Any
     Gaussian path has the velocity
         u_t(x | x0, x1) = sigma_t' / sigma_t (x - mu_t) + mu_t'      (Lipman et al., theorem 3),
-    which here is just mu_t' = x1 - x0.
+    which here is just mu_t' = x1 - x0. So training takes place at xt = t x1 + (1 - t) x0 + sigma
+    epsilon, with ut = x1 - x0 as the target. The other paths below override what differs.
 
     Throughout, x0, x1, xt and ut are (B, *dim), and t is (B,) in [0, 1]. Raises ValueError for a
     negative sigma.
     """
-    straight = True              # so x_t and its velocity determine x0 and x1, see sample.py
+    straight = True              # so xt and its velocity determine x0 and x1, see sample.py
+    independent = True           # noise and data are drawn independently of each other
     margin = 0.0                 # training stays this far from t = 0 and t = 1
 
     def __init__(self, sigma=0.0):
@@ -150,6 +108,7 @@ class ExactOptimalTransportConditionalFlowMatcher(ConditionalFlowMatcher):
     reordered, so labels still match, and no picture is lost. With labels y, pairing is within each
     class; otherwise the noise of a class would not be Gaussian.
     """
+    independent = False
 
     def pair(self, x0, x1, y=None):
         pictures, noise = [v.detach().flatten(1).float().cpu() for v in (x1, x0)]
@@ -264,6 +223,7 @@ PATHS = {
     "sb": SchrodingerBridgeConditionalFlowMatcher,
     "sb_exact": lambda sigma: SchrodingerBridgeConditionalFlowMatcher(sigma, ot_method="exact"),
 }
+CHOICES = {"path": list(PATHS)}
 
 
 class VelocityField:
@@ -273,87 +233,43 @@ class VelocityField:
     v_model            called as v_model(t=t, x=xt, y=y); returns a tensor shaped like xt
     matcher            a ConditionalFlowMatcher: the paths to train on
     t_mean, t_uniform  the distribution of training times, see draw_times(); by default uniform
-    spans              fraction of a batch that trains mean velocities: for these v_model takes
-                       spans of time (t, s), (B, 2), in place of t
 
     x0 and x1 are (B, *dim), t is (B,) in [0, 1]. Labels y are long (B,), -1 for none, or None.
     """
+    textbook = ["textbook"]      # what sample.py calls sample()
+    most_steps = math.inf        # that a sampler can take
 
-    def __init__(self, v_model, matcher, t_mean=0.0, t_uniform=1.0, spans=0.0):
+    def __init__(self, v_model, matcher, t_mean=0.0, t_uniform=1.0):
         self.v_model = v_model
         self.matcher = matcher
-        self.straight = matcher.straight
         self.t_mean = t_mean
         self.t_uniform = t_uniform
-        self.spans = spans
+        self.straight = matcher.straight
+        self.renewable = matcher.independent and matcher.sigma == 0    # the noise in xt, see ddim
 
     def loss(self, x1, y=None, noise=None, u=None):
         """E |v(t, xt) - ut|^2 for pictures x1. Noise x0 and times u (B,) are drawn unless given."""
-        if self.spans and u is None:                 # evaluate() gives u, for the loss of v alone
-            return self.meanflow_loss(x1, y, noise)
-        u = draw_times(len(x1), self.t_mean, self.t_uniform, x1.device) if u is None else u
-        t = u.clamp(self.matcher.margin, 1 - self.matcher.margin)
+        t = draw_times(len(x1), self.t_mean, self.t_uniform, x1.device) if u is None else u
+        t = t.clamp(self.matcher.margin, 1 - self.matcher.margin)
         x0 = self.matcher.sample_noise_like(x1) if noise is None else noise
         t, xt, ut = self.matcher.sample_location_and_conditional_flow(x0, x1, t, y=y)
         return (self.velocity(t, xt, y) - ut).square().mean()
 
-    def draw_spans(self, n, k, device="cpu"):
-        """Ends t and s >= t of n training spans, (n,) each. After the first k, s = t."""
-        t = draw_times(n, self.t_mean, self.t_uniform, device)
-        other = draw_times(k, self.t_mean, self.t_uniform, device)
-        start, end = torch.minimum(t[:k], other), torch.maximum(t[:k], other)
-        # oversample the spans that samplers use: those from the noise, or to the data
-        start = torch.where(torch.rand_like(start) < 0.15, 0, start)
-        end = torch.where(torch.rand_like(end) < 0.3, 1, end)
-        t, s = torch.cat([start, t[k:]]), torch.cat([end, t[k:]])
-        return [v.clamp(self.matcher.margin, 1 - self.matcher.margin) for v in (t, s)]
+    def velocity(self, t, x, y=None, guidance=1.0, clip=False):
+        """v(t, x) at t (B,) and x (B, *dim). clip is unused: ddpm.py's velocity needs it."""
+        return classifier_free_guidance(self.v_model, t, x, y, guidance)
 
-    def meanflow_loss(self, x1, y=None, noise=None, step=0.05):
-        """
-        MeanFlow, Geng et al. 2025 (arXiv 2505.13447): learn u(x_t, t, s), the mean v from t to s.
-
-        As (s - t) u is the integral of v, its derivative in t along the flow gives
-            v = u - (s - t) du/dt,
-        which is regressed on ut as usual (arXiv 2512.02012); where s = t, that is the loss above.
-        du/dt is a finite difference along the model's own v, without gradient.
-
-        If noise is given, a trained flow carried it to x1 (reflow, Liu et al. 2022, arXiv
-        2209.03003). Its mean velocity over the whole way is ut, the target of two spans in three.
-        """
-        k = max(1, round(self.spans * len(x1)))      # the rest are single times, s = t
-        whole = 0 if noise is None else 2 * k // 3   # from noise to data: ut is their mean velocity
-        part = k - whole
-        t, s = self.draw_spans(len(x1), k, x1.device)
-        t[part:k], s[part:k] = self.matcher.margin, 1 - self.matcher.margin
-        x0 = self.matcher.sample_noise_like(x1) if noise is None else noise
-        t, xt, ut = self.matcher.sample_location_and_conditional_flow(x0, x1, t, y=y)
-        u = self.velocity(torch.stack([t, s], 1), xt, y)
-
-        with torch.no_grad():                        # the others' target: ut + (s - t) du/dt
-            t, s, x = t[:part], s[:part], xt[:part]
-            y = None if y is None else y[:part]
-            dt = (s - t).clamp(1e-4, step)           # not 0, to divide by it
-            v = self.velocity(torch.stack([t, t], 1), x, y)
-            ahead = self.velocity(torch.stack([t + dt, s], 1), x + expand_like(dt, x) * v, y)
-            slope = (ahead - u[:part]) / expand_like(dt, x)
-            ut[:part] += expand_like(s - t, x) * slope
-        error = (u - ut).square().flatten(1).mean(1)
-        return (error / (error.detach() + 0.01)).mean()      # the paper's adaptive weight, p = 1
-
-    def velocity(self, tau, z, y=None, guidance=1.0, clip=False):
-        """
-        v(t, x) at t = tau (B,) and x = z (B, *dim), or for spans tau (B, 2) the mean velocity u.
-
-        clip is unused: ddpm.py's velocity needs it.
-        """
-        return classifier_free_guidance(self.v_model, tau, z, y, guidance)
+    @property
+    def model(self):
+        """The model, under a name that both methods share."""
+        return self.v_model
 
     @torch.no_grad()
-    def sample(self, noise, y=None, steps=100, guidance=1.0):
+    def sample(self, noise, y=None, steps=100, guidance=1.0, clip=False, randn=None):
         """
         Euler's method along dx/dt = v(t, x): pictures from noise (B, *dim), in equal steps.
 
-        It is the simplest sampler. The grids are drawn by a faster one, from sample.py.
+        clip and randn are unused: ddpm.py's sampler needs them.
         """
         x, dt = noise, 1 / steps
         for i in range(steps):
@@ -377,20 +293,10 @@ class VelocityField:
 def build(model, config, device="cpu"):
     """Wrap a model, called with t in [0, 1], in the method that the options of a run describe."""
     matcher = PATHS[config["path"]](config["sigma"])
-    return VelocityField(model, matcher, config["t_mean"], config["t_uniform"], config["spans"])
+    return VelocityField(model, matcher, config["t_mean"], config["t_uniform"])
 
 
-FIXED = ["path", "sigma"]                        # options that cannot change on resume
-LIMITS = {                                       # allowed values: (least, most), or a list
-    "path": list(PATHS),
-    "sigma": (0, math.inf),
-    "spans": (0, 1),
-    "sampler": ["dpm++", "ddim", "euler", "midpoint", "heun", "rk4", "dopri5", "meanflow"],
-}
-ARCHITECTURE = ["spans"]                         # model options that only this method has
-
-
-# ---- the rest is the same in ddpm.py and cfm.py; the options are globals ----
+# ==== training: from here on ddpm.py and cfm.py are the same, byte for byte ====
 
 def expand_like(t, x):
     """t (B,), or a number, reshaped to (B, 1, ...) to broadcast against x (B, *dim)."""
@@ -425,17 +331,96 @@ def draw_times(n, mean, uniform, device="cpu"):
     return torch.cat([flat, normal.sigmoid()])
 
 
+# -----------------------------------------------------------------------------
+# output
+eval_interval = 938       # iterations between evaluations, grids and checkpoints: an epoch of MNIST
+log_interval = 100        # iterations between lines of the log
+init_from = "scratch"     # or "resume": continue the run in out_dir with its options; or another
+#                           run's folder: start from its averaged weights
+overwrite = False         # replace the run in out_dir
+# data
+dataset = "mnist"         # or fashion_mnist, cifar10, synthetic, a folder of pictures, an .npz file
+data_dir = "data"         # for downloads, and for the cache of picture folders
+image_size = 0            # centre-crop and resize pictures to this size; 0: leave them as they are
+background = "white"      # for transparent pictures: a colour's name, or #rrggbb
+changed_data = False      # allow resuming on changed data
+offload = False           # keep the pictures in CPU memory: for data sets too large for the GPU
+flip = False              # randomly mirror pictures: not for digits
+conditional = True        # class-conditional, if the data has labels
+label_dropout = 0.02      # fraction of labels dropped, which makes guidance possible
+# model, see unet.py
+channels = 24             # base width
+channel_mults = (1, 2)    # width of each level, as a multiple; the resolution halves in between
+n_res_blocks = 1          # residual blocks per level
+attention_levels = (2,)   # levels with attention, from 0; one past the last is the middle block
+dropout = 0.0             # inside the residual blocks
+patch = 2                 # fold patch x patch pixels into channels: 2 runs at half the resolution
+# training
+batch_size = 64           # per process; with accumulation, the micro-batch size
+gradient_accumulation_steps = 1  # micro-batches per optimizer step
+max_iters = 9380          # optimizer steps: ten epochs of MNIST
+minutes = 0.0             # train for this long: each log line adjusts max_iters; 0: for max_iters
+muon = True               # Muon for convolution kernels, AdamW for the rest; false: AdamW for all
+learning_rate = 6e-3      # peak, before the decay
+warmup_iters = 100        # linear warm-up from 0
+decay_lr = True           # linear decay to 0 over the whole run; false: constant after the warm-up
+weight_decay = 0.01       # decoupled, as in AdamW
+adam_beta2 = 0.99         # decay of AdamW's second moment; 0.999 is the usual value
+grad_clip = 1.0           # clip the gradient's norm; 0: no clipping
+ema_decay = 0.999         # of the averaged weights, which are used for sampling; ramps up from 0.1
+# grids
+sampler = "dpm++"         # or textbook, for sample() above, or one of SAMPLERS in sample.py
+sample_steps = 5          # steps, not evaluations: midpoint and heun take two of these, rk4 four
+guidance = 1.0            # guidance scale: 0 unconditional, 1 conditional, above 1 stronger
+# machine
+device = "auto"           # cuda, cuda:1, mps or cpu; auto: the first that is available
+dtype = "auto"            # float32, bfloat16 or float16; auto: bfloat16 on CUDA, float16 on older
+#                           GPUs, float32 elsewhere
+compile = "auto"          # torch.compile: true or false; auto: on CUDA
+seed = 1337               # every draw is a function of seed, iteration and micro-batch
+# -----------------------------------------------------------------------------
+LIMITS = METHOD_LIMITS | CHOICES | {                 # (least, most), or a list of choices
+    "dtype": ["auto", "float32", "bfloat16", "float16"],
+    "compile": ["auto", True, False],
+    "seed": (0, 2**63 - 1),
+    "image_size": (0, 10_000),
+    "adam_beta2": (0, 0.999999),
+    **dict.fromkeys(["label_dropout", "dropout", "ema_decay"], (0, 1)),
+    **dict.fromkeys(["learning_rate", "warmup_iters", "weight_decay", "grad_clip"], (0, math.inf)),
+    **dict.fromkeys(["minutes", "attention_levels", "guidance"], (0, math.inf)),
+    **dict.fromkeys(["channels", "channel_mults", "n_res_blocks", "patch"], (1, math.inf)),
+    **dict.fromkeys(["batch_size", "gradient_accumulation_steps", "sample_steps"], (1, math.inf)),
+    **dict.fromkeys(["max_iters", "eval_interval", "log_interval"], (1, math.inf)),
+}
+ARCHITECTURE = ["channels", "channel_mults", "n_res_blocks", "attention_levels", "dropout", "patch"]
+UNCHANGEABLE = [*METHOD_UNCHANGEABLE, *ARCHITECTURE,                    # on resume
+                "image_size", "conditional", "muon", "adam_beta2"]
+
+
+def check_options(config):
+    """Calls fail() if options do not go together. Runs before any data are read."""
+    from configurator import explained, fail
+    from core.pictures import find_pictures
+    from sample import check_guidance, check_sampler
+
+    with explained():
+        method = build(lambda t, x, y: x, config)    # a stand-in for the network
+        check_sampler(sampler, method)
+        check_guidance(guidance, conditional, label_dropout)
+        method.loss(torch.zeros(2, 1))               # is all there that the loss needs?
+    folder, pictures = Path(out_dir).resolve(), Path(dataset).resolve()
+    if folder.is_dir() and folder.is_relative_to(pictures) and find_pictures(folder)[0]:
+        fail(f"--out_dir={out_dir} holds pictures of --dataset={dataset}: choose another one")
+
+
 def get_lr(it):
     """The learning rate at iteration it: linear warm-up times linear decay."""
     lr = learning_rate * min(1, (it + 1) / max(1, warmup_iters))
     return lr * (1 - it / max_iters) if decay_lr else lr
 
 
-def get_batch(pictures, labels, noise=None):
-    """
-    A random batch: pictures x (B, C, H, W) in [-1, 1]; labels y (B,), some replaced by -1; and the
-    noise paired with x, or None.
-    """
+def get_batch(pictures, labels):
+    """A random batch: x (B, C, H, W) in [-1, 1], and labels y (B,), some replaced by -1."""
     device = labels.device
     i = torch.randint(len(pictures), (batch_size,))
     x = pictures[i.to(pictures.device, non_blocking=True)]
@@ -447,7 +432,7 @@ def get_batch(pictures, labels, noise=None):
         x = torch.where(mirrored, x.flip(3), x)
     dropped = torch.rand(batch_size, device=device) < label_dropout
     y = torch.where(dropped, -1, labels[i.to(device, non_blocking=True)])
-    return x, y, None if noise is None else noise[i.to(noise.device)].to(device).float()
+    return x, y
 
 
 def update_weights(model, optimizer, scaler, lr):
@@ -474,35 +459,34 @@ def update_average(ema, model, it):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-def fixed_batches(x, y, noise, num_classes):
+def evaluation_batches(x, y, num_classes):
     """
     The batches that all evaluations and grids of a run share, so that they are comparable.
 
-    (x, y, noise, u) for evaluate() holds the first 256 held-out pictures, with the noise they are
-    paired with, if any. (noise, y) for sample_grid() makes ten rows of ten, one class a row.
+    (x, y, noise, offsets) for evaluate() holds the first 256 held-out pictures. (noise, y) for
+    sample_grid() makes ten rows of ten, one class a row.
     """
-    device, fixed = x.device, torch.Generator().manual_seed(0)
+    device, generator = x.device, torch.Generator().manual_seed(0)
     x, y = x[:256].float() / 127.5 - 1, y[:256]
-    drawn = torch.randn(x.shape, generator=fixed).to(device)
-    noise = drawn if noise is None else noise[:256].float()
-    u = torch.rand(len(x), generator=fixed).to(device)
-    grid_noise = torch.randn(100, *x.shape[1:], generator=fixed).to(device)
+    noise = torch.randn(x.shape, generator=generator).to(device)
+    offsets = torch.rand(len(x), generator=generator).to(device)
+    grid_noise = torch.randn(100, *x.shape[1:], generator=generator).to(device)
     row = torch.arange(100, device=device) // 10
     grid_labels = row % num_classes if num_classes else torch.full_like(row, -1)
-    return (x, y, noise, u), (grid_noise, grid_labels)
+    return (x, y, noise, offsets), (grid_noise, grid_labels)
 
 
 @torch.no_grad()
-def evaluate(method, x, y, noise, u):
+def evaluate(method, x, y, noise, offsets):
     """
     Mean loss on x (N, C, H, W) with labels y (N,): over all times, then in each quarter of them.
 
-    u (N,) in [0, 1) places each time within its quarter.
+    offsets (N,) in [0, 1) place each picture's time within the quarter.
     """
     torch.manual_seed(seed)
     quarters = []
     for quarter in range(4):
-        times = ((quarter + u) / 4).clamp(max=1 - 2**-24)    # (3 + u) / 4 may round to 1
+        times = ((quarter + offsets) / 4).clamp(max=1 - 2**-24)    # (3 + offset) / 4 may round to 1
         batches = zip(*[v.split(batch_size) for v in (x, y, noise, times)])
         total = sum(len(batch[0]) * method.loss(*batch) for batch in batches)
         quarters.append(total.item() / len(x))
@@ -517,46 +501,23 @@ def sample_grid(method, noise, y):
     return torch.cat([draw(method, *batch, sampler, sample_steps, guidance) for batch in batches])
 
 
-def check_options(config):
-    """Calls fail() if options do not go together. Runs before any data are read."""
-    from configurator import explained, fail
-    from core.pictures import find_pictures
-    from sample import check_sampler
+if __name__ == "__main__":
+    from configurator import configure, explained, resume, say
+    from core.checkpoint import load_start, require_same_data, restore, take_weights
+    from core.data import load_data
+    from core.machine import choose_machine, describe_machine, describe_model, init_distributed
+    from core.muon import Muon
+    from core.run import Run, require_free_folder, survive
+    from sample import check_guidance
     from unet import UNet
 
-    with explained():
-        trial = build(UNet(**{name: config[name] for name in ARCHITECTURE}), config)
-        check_sampler(sampler, trial)
-        trial.loss(torch.zeros(2, 1, 8, 8))          # fail now rather than in training
-    folder, pictures = Path(out_dir).resolve(), Path(dataset).resolve()
-    if folder.is_dir() and folder.is_relative_to(pictures) and find_pictures(folder)[0]:
-        fail(f"--out_dir={out_dir} holds pictures of --dataset={dataset}: choose another one")
-    if guidance != 1 and not conditional:
-        fail(f"--guidance={guidance}: without labels there is nothing to be guided by")
-    if guidance != 1 and not label_dropout:
-        fail(f"--guidance={guidance} needs the unconditional model: a --label_dropout above 0")
-
-
-ARCHITECTURE += ["channels", "channel_mults", "n_res_blocks", "attention_levels",
-                 "dropout", "patch"]
-FIXED += ["image_size", "conditional", "muon", "adam_beta2", *ARCHITECTURE]
-
-if __name__ == "__main__":
-    from configurator import TRAINING, configure, explained, fail, resume
-    from core.data import load_data, place
-    from core.machine import choose_machine, describe_machine, describe_model, init_distributed
-    from core.run import (Run, load_checkpoint, load_weights, require_free_folder,
-                          require_pairs_kept, require_same_data, restore, survive, take_weights)
-    from unet import Muon, UNet
-
     # Options: the defaults, or the run's own when resuming, overridden by the command line.
-    config, checkpoint, start = configure(globals(), TRAINING | LIMITS), None, None
-    if init_from == "resume":
-        checkpoint = load_checkpoint(Path(out_dir, "ckpt.pt"), METHOD)
-        config = resume(globals(), TRAINING | LIMITS, FIXED, checkpoint)
+    config = configure(globals(), LIMITS)
+    start = load_start(init_from, METHOD, out_dir)   # a checkpoint, or None from scratch
+    resuming = init_from == "resume"
+    if resuming:
+        config = resume(globals(), LIMITS, UNCHANGEABLE, start)
     else:
-        if init_from != "scratch":
-            start = load_weights(init_from, METHOD, out_dir)
         require_free_folder(out_dir, overwrite)
     check_options(config)
 
@@ -574,64 +535,61 @@ if __name__ == "__main__":
     # Data: all on the device as uint8, so no DataLoader is needed.
     with processes.main_first(), explained(f"--dataset={dataset}: "):
         data = load_data(dataset, data_dir, image_size, conditional, background)
-    x_train, y_train, x_val, y_val, noise_train, noise_val = place(data, device, offload)
-    if noise_train is not None:                      # each picture is paired with its noise
-        require_pairs_kept(config, dataset)
-    picture_shape = tuple(x_train.shape[1:])         # (C, H, W)
+    data.to(device, offload)
+    picture_shape = tuple(data.train[0].shape[1:])   # (C, H, W)
     num_classes = len(data.classes)
-    if guidance != 1 and not num_classes:
-        fail(f"--guidance={guidance}: {dataset} has no labels to be guided by")
+    held_out_batch, grid_batch = evaluation_batches(*data.held_out, num_classes)
 
     # The model, the average of its weights, and the optimizer.
     torch.manual_seed(seed)
     model_args = {name: config[name] for name in ARCHITECTURE}
     model_args |= {"in_channels": picture_shape[0], "num_classes": num_classes}
-    model = UNet(**model_args).to(device, memory_format=torch.channels_last)
-    if start:
-        take_weights(model, start, init_from, {name: config[name] for name in FIXED})
+    with explained():
+        check_guidance(guidance, num_classes, label_dropout)
+        model = UNet(**model_args).to(device, memory_format=torch.channels_last)
+    if start and not resuming:
+        take_weights(model, start, init_from, {name: config[name] for name in UNCHANGEABLE})
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     betas = (0.9, adam_beta2)
     if muon:
         optimizer = Muon(model.parameters(), betas=betas)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), betas=betas, fused=True)
-    losses = torch.zeros(2, device=device)           # sum and count since the last log line
     it = 0
-    if checkpoint:
-        require_same_data(checkpoint, dataset, data, model_args, changed_data)
-        restore(checkpoint, model=model, ema=ema, optimizer=optimizer, scaler=scaler)
-        losses += checkpoint["losses"].to(device)
-        it = checkpoint["iteration"]
-    # "reduce-overhead" is CUDA graphs, which launch all kernels of a pass at once. The next pass
-    # reuses their memory, so gradients cannot accumulate over several.
+    losses = torch.zeros(2, device=device)           # sum and count since the last log line
+    if resuming:
+        require_same_data(start, dataset, data, model_args, changed_data)
+        restore(start, model=model, ema=ema, optimizer=optimizer, scaler=scaler)
+        it = start["iteration"]
+        losses += start["losses"].to(device)
+
+    # The model as it is trained. "reduce-overhead" is CUDA graphs, which launch all kernels of a
+    # pass at once. The next pass reuses their memory, so gradients cannot accumulate over several.
     one_pass = world_size == gradient_accumulation_steps == 1
     net = torch.compile(model, mode="reduce-overhead" if one_pass else None) if compile else model
     if world_size > 1:
         net = torch.nn.parallel.DistributedDataParallel(net)
-    trained, averaged = build(net, config, device), build(ema, config, device)
-
-    held_out_batch, grid_batch = fixed_batches(x_val, y_val, noise_val, num_classes)
+    method, averaged = build(net, config, device), build(ema, config, device)
 
     pictures_per_iter = batch_size * gradient_accumulation_steps * world_size
-    run = Run(out_dir, processes, it, max_iters, pictures_per_iter, bool(checkpoint), overwrite)
-    run.say(f"{METHOD} on {dataset}: {data.describe()}")
-    x, y, _, u = (v[:1] for v in held_out_batch)
-    run.say(describe_model(ema, t=u, x=x, y=y))
-    run.say(describe_machine(device, dtype, compile, world_size))
-    until = f"to {max_iters}" if not minutes else f"for {minutes:g} minutes"
-    run.say(f"iterations {it} {until}, of {pictures_per_iter} pictures each")
-    run.say(f"samples, log.csv and ckpt.pt go to {Path(out_dir).resolve()}")
+    run = Run(out_dir, processes, max_iters, pictures_per_iter,
+              start if resuming else None, overwrite)
+    say(f"{METHOD} on {dataset}: {data.describe()}")
+    x, y, _, t = (v[:1] for v in held_out_batch)
+    say(describe_model(ema, t=t, x=x, y=y))
+    say(describe_machine(device, dtype, compile, world_size))
+    run.announce(minutes)
 
     while it < max_iters and not run.stopping:
         for micro in range(gradient_accumulation_steps):
             # One seed per batch: resuming draws the same batches, and n processes draw what one
             # does with n micro-batches. Python does not randomise the hash of integers.
             torch.manual_seed(hash((seed, it, micro * world_size + rank)))
-            batch = get_batch(x_train, y_train, noise_train)
+            x, y = get_batch(*data.train)
             if world_size > 1:                       # sync gradients on the last micro-batch only
                 net.require_backward_grad_sync = micro == gradient_accumulation_steps - 1
             with autocast:
-                loss = trained.loss(*batch)
+                loss = method.loss(x, y)
             scaler.scale(loss / gradient_accumulation_steps).backward()
             losses += torch.stack([loss.detach(), torch.ones_like(loss)])
         lr = get_lr(it)
@@ -653,11 +611,10 @@ if __name__ == "__main__":
             run.log(it, loss, lr, speed, held_out, optimizer)
             losses.zero_()
         if evaluating or run.stopping:
-            run.save_checkpoint(method=METHOD, config=config, iteration=it, losses=losses,
-                                model_args=model_args, picture_shape=picture_shape,
-                                data=data.summary(),
-                                model=model.state_dict(), ema=ema.state_dict(),
-                                optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+            run.save(method=METHOD, config=config, iteration=it, losses=losses,
+                     model_args=model_args, picture_shape=picture_shape, data=data.summary(),
+                     model=model.state_dict(), ema=ema.state_dict(),
+                     optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
         if evaluating:
             with autocast, survive(FloatingPointError, "draw a grid"):    # dopri5 may fail
                 run.save_grid(it, sample_grid(averaged, *grid_batch), held_out)

@@ -2,7 +2,7 @@
 The command line and config files override a script's globals: nanoGPT's configurator, but checked.
 
     if __name__ == "__main__":
-        config = configure(globals(), {"batch_size": (1, math.inf), "task": ["draw", "encode"]})
+        config = configure(globals(), {"batch_size": (1, math.inf), "path": ["straight", "curved"]})
 
     python cfm.py preset.py --batch_size=64 --learning-rate 1e-3 --compile
 
@@ -29,27 +29,28 @@ ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub,
 NOT_A_LITERAL = (ValueError, SyntaxError, TypeError, ArithmeticError, RecursionError, MemoryError)
 
 
-# Allowed values of the training scripts' options, except for the method's own.
-TRAINING = {
-    "dtype": ["auto", "float32", "bfloat16", "float16"],
-    "compile": ["auto", True, False],
-    "seed": (0, 2**63 - 1),
-    "t_mean": (-5, 5),
-    "image_size": (0, 10_000),
-    "adam_beta2": (0, 0.999999),
-    **dict.fromkeys(["label_dropout", "dropout", "ema_decay", "t_uniform"], (0, 1)),
-    **dict.fromkeys(["learning_rate", "warmup_iters", "weight_decay", "grad_clip"], (0, math.inf)),
-    **dict.fromkeys(["minutes", "attention_levels", "guidance"], (0, math.inf)),
-    **dict.fromkeys(["channels", "channel_mults", "n_res_blocks", "patch"], (1, math.inf)),
-    **dict.fromkeys(["batch_size", "gradient_accumulation_steps", "sample_steps"], (1, math.inf)),
-    **dict.fromkeys(["max_iters", "eval_interval", "log_interval"], (1, math.inf)),
+# Options of older versions: the value that meant nothing, and the page that does the rest now.
+RETIRED = {
+    "spans": (0.0, "examples/meanflow.py"),
+    "pairs": (False, "examples/one_step.py"),
+    "keep_noise": (False, "examples/one_step.py"),
+    "task": ("draw", "examples/likelihood.py or examples/latent.py"),
+    "exact": (False, "examples/likelihood.py"),
+    "atol": (1e-4, "examples/likelihood.py"),
+    "rtol": (1e-4, "examples/likelihood.py"),
 }
 
 
 # ---- what a program says ----
 
 def say(text, file=None):
-    """print() and flush. A full disk, a closed pipe or an odd character never ends a run."""
+    """
+    print() and flush. A full disk, a closed pipe or an odd character never ends a run.
+
+    Of several processes that torchrun started, only the first prints to stdout.
+    """
+    if file is None and os.environ.get("RANK", "0") != "0":
+        return
     with contextlib.suppress(OSError):
         try:
             print(text, file=file, flush=True)
@@ -142,6 +143,19 @@ class Options:
         return self.defaults | saved
 
 
+def drop_retired(where, options):
+    """The options without those of RETIRED; calls fail() if one of these had another value."""
+    for name in RETIRED.keys() & options.keys():
+        neutral, page = RETIRED[name]
+        try:
+            same = parse(options[name], neutral) == neutral
+        except NOT_A_LITERAL:
+            same = False
+        if not same:
+            fail(f"{where}: {name}={options[name]} is no longer an option: see {page}")
+    return {name: value for name, value in options.items() if name not in RETIRED}
+
+
 # ---- where options come from ----
 
 def literal(node):
@@ -168,10 +182,7 @@ def read_config_file(path, folder):
     utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))      # by PowerShell
     line = 1
     try:
-        try:
-            text = content.decode("utf-16" if utf16 else "utf-8-sig")
-        except UnicodeDecodeError:
-            text = content.decode("latin-1")
+        text = content.decode("utf-16" if utf16 else "utf-8-sig")
         for node in ast.parse(text).body:
             line = node.lineno
             if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
@@ -212,12 +223,15 @@ def configure(settings, limits={}, argv=None, saved={}):
     argv, script = sys.argv[1:] if argv is None else argv, Path(settings["__file__"])
     if {"-h", "--help"} & set(argv):
         parts = re.split("\n# -{20,}\n", script.read_text())
-        print(settings["__doc__"], *parts[1:2], sep="\n")
+        print(settings["__doc__"], *parts[1::2], sep="\n")
         sys.exit()
     options = Options(settings, limits)
     config = options.restored(saved)
     for where, name, value in read_command_line(argv, options, script.parent):
-        config[name] = options.checked(where, name, value)
+        if name not in options.defaults and name in RETIRED:
+            drop_retired(where, {name: value})
+        else:
+            config[name] = options.checked(where, name, value)
     settings.update(config)
     return config
 
@@ -236,8 +250,7 @@ def resume(settings, limits, fixed, checkpoint):
         before = saved.get(name, value)
         if value != before and name in fixed:
             fail(f"--{name}={value}: the run in {config['out_dir']} has {before}, for good")
-        main_process = os.environ.get("RANK", "0") == "0"
-        if value != before and name not in once and main_process:
+        if value != before and name not in once:
             say(f"resuming with {name} = {value}, which was {before}")
     if it >= config["max_iters"] and config["minutes"]:
         settings["max_iters"] = config["max_iters"] = 2 * it     # until the clock sets it

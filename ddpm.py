@@ -23,49 +23,7 @@ from pathlib import Path
 import torch
 
 # -----------------------------------------------------------------------------
-# output
-eval_interval = 938       # iterations between evaluations, grids and checkpoints: an epoch of MNIST
-log_interval = 100        # iterations between lines of the log
-init_from = "scratch"     # or "resume": continue the run in out_dir with its options; or another
-#                           run's folder: start from its averaged weights
-overwrite = False         # replace the run in out_dir
-# data
-dataset = "mnist"         # or fashion_mnist, cifar10, synthetic, a folder of pictures, an .npz file
-data_dir = "data"         # for downloads, and for the cache of picture folders
-image_size = 0            # centre-crop and resize pictures to this size; 0: leave them as they are
-background = "white"      # for transparent pictures: a colour's name, or #rrggbb
-changed_data = False      # allow resuming on changed data
-offload = False           # keep the pictures in CPU memory: for data sets too large for the GPU
-flip = False              # randomly mirror pictures: not for digits
-conditional = True        # class-conditional, if the data has labels
-label_dropout = 0.02      # fraction of labels dropped, which makes guidance possible
-# model, see unet.py
-channels = 24             # base width
-channel_mults = (1, 2)    # width of each level, as a multiple; the resolution halves in between
-n_res_blocks = 1          # residual blocks per level
-attention_levels = (2,)   # levels with attention, from 0; one past the last is the middle block
-dropout = 0.0             # inside the residual blocks
-patch = 2                 # fold patch x patch pixels into channels: 2 runs at half the resolution
-# training
-batch_size = 64           # per process; with accumulation, the micro-batch size
-gradient_accumulation_steps = 1  # micro-batches per optimizer step
-max_iters = 9380          # optimizer steps: ten epochs of MNIST
-minutes = 0.0             # train for this long: each log line adjusts max_iters; 0: for max_iters
-muon = True               # Muon for convolution kernels, AdamW for the rest; false: AdamW for all
-learning_rate = 6e-3      # peak, before the decay
-warmup_iters = 100        # linear warm-up from 0
-decay_lr = True           # linear decay to 0 over the whole run; false: constant after the warm-up
-weight_decay = 0.01       # decoupled, as in AdamW
-adam_beta2 = 0.99         # decay of AdamW's second moment; 0.999 is the usual value
-grad_clip = 1.0           # clip the gradient's norm; 0: no clipping
-ema_decay = 0.999         # of the averaged weights, which are used for sampling; ramps up from 0.1
-# machine
-device = "auto"           # cuda, cuda:1, mps or cpu; auto: the first that is available
-dtype = "auto"            # float32, bfloat16 or float16; auto: bfloat16 on CUDA, float16 on older
-#                           GPUs, float32 elsewhere
-compile = "auto"          # torch.compile: true or false; auto: on CUDA
-seed = 1337               # every draw is a function of seed, iteration and micro-batch
-# the method, and the grids drawn with it
+# the method; the options of training, the same in cfm.py, are below
 out_dir = "out/ddpm"      # for checkpoints, grids and log.csv
 n_steps = 1000            # T, the number of noising steps
 schedule = "cosine"       # of the noise: cosine (Nichol & Dhariwal), linear (Ho et al.) or log_snr
@@ -74,11 +32,10 @@ weighting = "simple"      # of the loss: equal at all t; min_snr: min(snr, 5) on
 variance = "fixedlarge"   # of p: beta; fixedsmall: beta~, that of q(x_{t-1} | x_t, x_0)
 t_mean = 0.4              # training times t / T are sigmoid(N(t_mean, 1)); 1 is noise
 t_uniform = 0.1           # fraction of each batch with uniform times instead
-sampler = "dpm++"         # or ancestral, ddim, euler, midpoint, heun, rk4, dopri5: see sample.py
-sample_steps = 5          # at most n_steps; ancestral takes all, dopri5 as many as it needs
-guidance = 1.0            # guidance scale: 0 unconditional, 1 conditional, above 1 stronger
 # -----------------------------------------------------------------------------
 METHOD = "ddpm"
+METHOD_LIMITS = {"n_steps": (2, math.inf), "t_mean": (-5, 5), "t_uniform": (0, 1)}  # (least, most)
+METHOD_UNCHANGEABLE = ["n_steps", "schedule", "prediction"]      # on resume
 
 
 def linear_beta(n_steps):
@@ -105,18 +62,11 @@ def log_snr_beta(n_steps):
 
 SCHEDULES = {"linear": linear_beta, "cosine": cosine_beta, "log_snr": log_snr_beta}
 
-# The model's target, and the (x0, eps) that its output implies, where xt = a x0 + b eps.
-# v (Salimans & Ho 2022, arXiv 2202.00512) is eps at the data end, and -x0 at the noise end.
-PREDICTIONS = {
-    "eps": (lambda x0, eps, a, b: eps,
-            lambda out, xt, a, b: ((xt - b * out) / a, out)),
-    "x0": (lambda x0, eps, a, b: x0,
-           lambda out, xt, a, b: (out, (xt - a * out) / b)),
-    "v": (lambda x0, eps, a, b: a * eps - b * x0,
-          lambda out, xt, a, b: (a * xt - b * out, b * xt + a * out)),
-}
+PREDICTIONS = ["eps", "x0", "v"]
 WEIGHTINGS = ["simple", "min_snr"]
 VARIANCES = ["fixedlarge", "fixedsmall"]
+CHOICES = {"schedule": list(SCHEDULES), "prediction": PREDICTIONS, "weighting": WEIGHTINGS,
+           "variance": VARIANCES}
 
 
 class DenoiseDiffusion:
@@ -125,7 +75,7 @@ class DenoiseDiffusion:
 
     eps_model             called as eps_model(t=t, x=xt, y=y); returns a tensor shaped like xt
     n_steps               T, at least 2
-    schedule, prediction  keys of SCHEDULES and PREDICTIONS
+    schedule, prediction  one of SCHEDULES, and of PREDICTIONS: see target()
     weighting             "simple", or "min_snr" of Hang et al. 2023 (arXiv 2303.09556)
     variance              of p: "fixedlarge" for beta, "fixedsmall" for beta~
     t_mean, t_uniform     the distribution of training times, see draw_times(); default uniform
@@ -136,6 +86,8 @@ class DenoiseDiffusion:
     paper's; the script's are not. Raises ValueError for unknown options.
     """
     straight = True       # z = tau x0 + (1 - tau) eps is a line, so velocity() determines both ends
+    renewable = True      # noise and data are independent, so a sampler may draw fresh noise
+    textbook = ["textbook", "ancestral"]             # what sample.py calls sample()
 
     def __init__(self, eps_model, n_steps=1000, device="cpu", schedule="linear",
                  prediction="eps", weighting="simple", variance="fixedlarge",
@@ -149,7 +101,7 @@ class DenoiseDiffusion:
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
         self.eps_model = eps_model
-        self.n_steps = n_steps
+        self.n_steps = self.most_steps = n_steps
         self.prediction = prediction
         self.t_mean = t_mean
         self.t_uniform = t_uniform
@@ -182,11 +134,10 @@ class DenoiseDiffusion:
         # weights of the squared error; min_snr gives an error in x0 the weight min(snr, 5)
         weight = torch.ones_like(beta)
         if weighting == "min_snr":
-            snr = alpha_bar / (1 - alpha_bar)
-            target, _ = PREDICTIONS[prediction]
-            # as xt is known, an error of 1 in x0 comes with one of -a / b in eps
-            error = target(1, -snr.sqrt(), alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
-            weight = snr.clamp(max=5) / torch.as_tensor(error).square()
+            # as xt is known, an error of 1 in x0 comes with one of a / b in eps, and 1 / b in v
+            snr = alpha_bar / (1 - alpha_bar)               # a^2 / b^2
+            error = {"eps": snr, "x0": 1, "v": 1 / (1 - alpha_bar)}[prediction]
+            weight = snr.clamp(max=5) / error
         self.weight = table(weight)
 
         # tau = a / (a + b) of velocity() at each t, falling from almost 1 to almost 0
@@ -225,25 +176,45 @@ class DenoiseDiffusion:
         b = expand_like(self.one_minus_alpha_bar[t], x).sqrt()
         return a, b
 
+    @property
+    def model(self):
+        """The model, under a name that both methods share."""
+        return self.eps_model
+
     def output(self, xt, t, y=None, guidance=1.0):
         """The model's output at xt, (B, *dim). Here t need not be an integer."""
         t = t / self.n_steps if self.unit_time else t
         return classifier_free_guidance(self.eps_model, t, xt, y, guidance)
 
+    def target(self, x0, eps, a, b):
+        """
+        What the model should predict of xt = a x0 + b eps, (B, *dim).
+
+        v (Salimans & Ho 2022, arXiv 2202.00512) is eps at the data end, and -x0 at the noise end.
+        """
+        if self.prediction == "eps":
+            return eps
+        if self.prediction == "x0":
+            return x0
+        return a * eps - b * x0
+
     def predict(self, xt, t, a, b, y=None, guidance=1.0):
         """The x0 and eps in xt = a x0 + b eps as the model predicts them, (B, *dim) each."""
-        _, read = PREDICTIONS[self.prediction]
-        return read(self.output(xt, t, y, guidance), xt, a, b)
+        out = self.output(xt, t, y, guidance)
+        if self.prediction == "eps":
+            return (xt - b * out) / a, out
+        if self.prediction == "x0":
+            return out, (xt - a * out) / b
+        return a * xt - b * out, b * xt + a * out
 
     def loss(self, x0, y=None, noise=None, u=None):
         """Algorithm 1, eq. 14: E weight |target - output|^2, at times t = u T, u (B,) in [0, 1]."""
         u = draw_times(len(x0), self.t_mean, self.t_uniform, x0.device) if u is None else u
         t = (u * self.n_steps).long().clamp(max=self.n_steps - 1)
         eps = torch.randn_like(x0) if noise is None else noise
-        target, _ = PREDICTIONS[self.prediction]
         output = self.output(self.q_sample(x0, t, eps), t, y)
-        error = (output - target(x0, eps, *self.scales(t, x0))).square()
-        return (expand_like(self.weight[t], x0) * error).mean()
+        target = self.target(x0, eps, *self.scales(t, x0))
+        return (expand_like(self.weight[t], x0) * (output - target).square()).mean()
 
     # ---- p, from noise to data ----
 
@@ -261,8 +232,12 @@ class DenoiseDiffusion:
         return self.p_mean(xt, t, y, guidance, clip) + expand_like(var, xt).sqrt() * z
 
     @torch.no_grad()
-    def sample(self, noise, y=None, guidance=1.0, clip=False, randn=torch.randn_like):
-        """Algorithm 2: pictures from noise (B, *dim), one step per t. randn(x) draws like x."""
+    def sample(self, noise, y=None, steps=None, guidance=1.0, clip=False, randn=torch.randn_like):
+        """
+        Algorithm 2: pictures from noise (B, *dim), one step per t. randn(x) draws noise like x.
+
+        steps is unused: there are n_steps. cfm.py's sampler needs it.
+        """
         xt = noise
         for t in reversed(range(self.n_steps)):
             t = torch.full((len(xt),), t, device=xt.device)
@@ -301,12 +276,14 @@ class DenoiseDiffusion:
         if even:
             fractions = [i / max(1, steps - 1) for i in range(steps)]
             return [self.taus[round((1 - fraction) * (T - 1))] for fraction in fractions]
-        ts = [T]
+        ts = []
         for i in range(steps):
-            t = sum(tau > i / (2 * steps - i) for tau in self.taus)     # the next noisier one
-            t = min(t, ts[-1] - 1)                          # each t once,
-            ts.append(max(t, steps - 1 - i))                # and one left for each later step
-        return [self.taus[t] for t in ts[1:]] + [1.0]
+            shifted = i / (2 * steps - i)                   # u / (2 - u) for u = i / steps
+            noisier = sum(tau > shifted for tau in self.taus)
+            most = ts[-1] - 1 if ts else T - 1              # each t once,
+            least = steps - 1 - i                           # and one left for each later step
+            ts.append(max(least, min(noisier, most)))
+        return [self.taus[t] for t in ts] + [1.0]
 
 
 def build(model, config, device="cpu"):
@@ -316,19 +293,7 @@ def build(model, config, device="cpu"):
     return DenoiseDiffusion(model, device=device, unit_time=True, **options)
 
 
-FIXED = ["n_steps", "schedule", "prediction"]    # options that cannot change on resume
-LIMITS = {                                       # allowed values: (least, most), or a list
-    "n_steps": (2, math.inf),
-    "schedule": list(SCHEDULES),
-    "prediction": list(PREDICTIONS),
-    "weighting": WEIGHTINGS,
-    "variance": VARIANCES,
-    "sampler": ["dpm++", "ancestral", "ddim", "euler", "midpoint", "heun", "rk4", "dopri5"],
-}
-ARCHITECTURE = []                                # model options that only this method has: none
-
-
-# ---- the rest is the same in ddpm.py and cfm.py; the options are globals ----
+# ==== training: from here on ddpm.py and cfm.py are the same, byte for byte ====
 
 def expand_like(t, x):
     """t (B,), or a number, reshaped to (B, 1, ...) to broadcast against x (B, *dim)."""
@@ -363,17 +328,96 @@ def draw_times(n, mean, uniform, device="cpu"):
     return torch.cat([flat, normal.sigmoid()])
 
 
+# -----------------------------------------------------------------------------
+# output
+eval_interval = 938       # iterations between evaluations, grids and checkpoints: an epoch of MNIST
+log_interval = 100        # iterations between lines of the log
+init_from = "scratch"     # or "resume": continue the run in out_dir with its options; or another
+#                           run's folder: start from its averaged weights
+overwrite = False         # replace the run in out_dir
+# data
+dataset = "mnist"         # or fashion_mnist, cifar10, synthetic, a folder of pictures, an .npz file
+data_dir = "data"         # for downloads, and for the cache of picture folders
+image_size = 0            # centre-crop and resize pictures to this size; 0: leave them as they are
+background = "white"      # for transparent pictures: a colour's name, or #rrggbb
+changed_data = False      # allow resuming on changed data
+offload = False           # keep the pictures in CPU memory: for data sets too large for the GPU
+flip = False              # randomly mirror pictures: not for digits
+conditional = True        # class-conditional, if the data has labels
+label_dropout = 0.02      # fraction of labels dropped, which makes guidance possible
+# model, see unet.py
+channels = 24             # base width
+channel_mults = (1, 2)    # width of each level, as a multiple; the resolution halves in between
+n_res_blocks = 1          # residual blocks per level
+attention_levels = (2,)   # levels with attention, from 0; one past the last is the middle block
+dropout = 0.0             # inside the residual blocks
+patch = 2                 # fold patch x patch pixels into channels: 2 runs at half the resolution
+# training
+batch_size = 64           # per process; with accumulation, the micro-batch size
+gradient_accumulation_steps = 1  # micro-batches per optimizer step
+max_iters = 9380          # optimizer steps: ten epochs of MNIST
+minutes = 0.0             # train for this long: each log line adjusts max_iters; 0: for max_iters
+muon = True               # Muon for convolution kernels, AdamW for the rest; false: AdamW for all
+learning_rate = 6e-3      # peak, before the decay
+warmup_iters = 100        # linear warm-up from 0
+decay_lr = True           # linear decay to 0 over the whole run; false: constant after the warm-up
+weight_decay = 0.01       # decoupled, as in AdamW
+adam_beta2 = 0.99         # decay of AdamW's second moment; 0.999 is the usual value
+grad_clip = 1.0           # clip the gradient's norm; 0: no clipping
+ema_decay = 0.999         # of the averaged weights, which are used for sampling; ramps up from 0.1
+# grids
+sampler = "dpm++"         # or textbook, for sample() above, or one of SAMPLERS in sample.py
+sample_steps = 5          # steps, not evaluations: midpoint and heun take two of these, rk4 four
+guidance = 1.0            # guidance scale: 0 unconditional, 1 conditional, above 1 stronger
+# machine
+device = "auto"           # cuda, cuda:1, mps or cpu; auto: the first that is available
+dtype = "auto"            # float32, bfloat16 or float16; auto: bfloat16 on CUDA, float16 on older
+#                           GPUs, float32 elsewhere
+compile = "auto"          # torch.compile: true or false; auto: on CUDA
+seed = 1337               # every draw is a function of seed, iteration and micro-batch
+# -----------------------------------------------------------------------------
+LIMITS = METHOD_LIMITS | CHOICES | {                 # (least, most), or a list of choices
+    "dtype": ["auto", "float32", "bfloat16", "float16"],
+    "compile": ["auto", True, False],
+    "seed": (0, 2**63 - 1),
+    "image_size": (0, 10_000),
+    "adam_beta2": (0, 0.999999),
+    **dict.fromkeys(["label_dropout", "dropout", "ema_decay"], (0, 1)),
+    **dict.fromkeys(["learning_rate", "warmup_iters", "weight_decay", "grad_clip"], (0, math.inf)),
+    **dict.fromkeys(["minutes", "attention_levels", "guidance"], (0, math.inf)),
+    **dict.fromkeys(["channels", "channel_mults", "n_res_blocks", "patch"], (1, math.inf)),
+    **dict.fromkeys(["batch_size", "gradient_accumulation_steps", "sample_steps"], (1, math.inf)),
+    **dict.fromkeys(["max_iters", "eval_interval", "log_interval"], (1, math.inf)),
+}
+ARCHITECTURE = ["channels", "channel_mults", "n_res_blocks", "attention_levels", "dropout", "patch"]
+UNCHANGEABLE = [*METHOD_UNCHANGEABLE, *ARCHITECTURE,                    # on resume
+                "image_size", "conditional", "muon", "adam_beta2"]
+
+
+def check_options(config):
+    """Calls fail() if options do not go together. Runs before any data are read."""
+    from configurator import explained, fail
+    from core.pictures import find_pictures
+    from sample import check_guidance, check_sampler
+
+    with explained():
+        method = build(lambda t, x, y: x, config)    # a stand-in for the network
+        check_sampler(sampler, method)
+        check_guidance(guidance, conditional, label_dropout)
+        method.loss(torch.zeros(2, 1))               # is all there that the loss needs?
+    folder, pictures = Path(out_dir).resolve(), Path(dataset).resolve()
+    if folder.is_dir() and folder.is_relative_to(pictures) and find_pictures(folder)[0]:
+        fail(f"--out_dir={out_dir} holds pictures of --dataset={dataset}: choose another one")
+
+
 def get_lr(it):
     """The learning rate at iteration it: linear warm-up times linear decay."""
     lr = learning_rate * min(1, (it + 1) / max(1, warmup_iters))
     return lr * (1 - it / max_iters) if decay_lr else lr
 
 
-def get_batch(pictures, labels, noise=None):
-    """
-    A random batch: pictures x (B, C, H, W) in [-1, 1]; labels y (B,), some replaced by -1; and the
-    noise paired with x, or None.
-    """
+def get_batch(pictures, labels):
+    """A random batch: x (B, C, H, W) in [-1, 1], and labels y (B,), some replaced by -1."""
     device = labels.device
     i = torch.randint(len(pictures), (batch_size,))
     x = pictures[i.to(pictures.device, non_blocking=True)]
@@ -385,7 +429,7 @@ def get_batch(pictures, labels, noise=None):
         x = torch.where(mirrored, x.flip(3), x)
     dropped = torch.rand(batch_size, device=device) < label_dropout
     y = torch.where(dropped, -1, labels[i.to(device, non_blocking=True)])
-    return x, y, None if noise is None else noise[i.to(noise.device)].to(device).float()
+    return x, y
 
 
 def update_weights(model, optimizer, scaler, lr):
@@ -412,35 +456,34 @@ def update_average(ema, model, it):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-def fixed_batches(x, y, noise, num_classes):
+def evaluation_batches(x, y, num_classes):
     """
     The batches that all evaluations and grids of a run share, so that they are comparable.
 
-    (x, y, noise, u) for evaluate() holds the first 256 held-out pictures, with the noise they are
-    paired with, if any. (noise, y) for sample_grid() makes ten rows of ten, one class a row.
+    (x, y, noise, offsets) for evaluate() holds the first 256 held-out pictures. (noise, y) for
+    sample_grid() makes ten rows of ten, one class a row.
     """
-    device, fixed = x.device, torch.Generator().manual_seed(0)
+    device, generator = x.device, torch.Generator().manual_seed(0)
     x, y = x[:256].float() / 127.5 - 1, y[:256]
-    drawn = torch.randn(x.shape, generator=fixed).to(device)
-    noise = drawn if noise is None else noise[:256].float()
-    u = torch.rand(len(x), generator=fixed).to(device)
-    grid_noise = torch.randn(100, *x.shape[1:], generator=fixed).to(device)
+    noise = torch.randn(x.shape, generator=generator).to(device)
+    offsets = torch.rand(len(x), generator=generator).to(device)
+    grid_noise = torch.randn(100, *x.shape[1:], generator=generator).to(device)
     row = torch.arange(100, device=device) // 10
     grid_labels = row % num_classes if num_classes else torch.full_like(row, -1)
-    return (x, y, noise, u), (grid_noise, grid_labels)
+    return (x, y, noise, offsets), (grid_noise, grid_labels)
 
 
 @torch.no_grad()
-def evaluate(method, x, y, noise, u):
+def evaluate(method, x, y, noise, offsets):
     """
     Mean loss on x (N, C, H, W) with labels y (N,): over all times, then in each quarter of them.
 
-    u (N,) in [0, 1) places each time within its quarter.
+    offsets (N,) in [0, 1) place each picture's time within the quarter.
     """
     torch.manual_seed(seed)
     quarters = []
     for quarter in range(4):
-        times = ((quarter + u) / 4).clamp(max=1 - 2**-24)    # (3 + u) / 4 may round to 1
+        times = ((quarter + offsets) / 4).clamp(max=1 - 2**-24)    # (3 + offset) / 4 may round to 1
         batches = zip(*[v.split(batch_size) for v in (x, y, noise, times)])
         total = sum(len(batch[0]) * method.loss(*batch) for batch in batches)
         quarters.append(total.item() / len(x))
@@ -455,46 +498,23 @@ def sample_grid(method, noise, y):
     return torch.cat([draw(method, *batch, sampler, sample_steps, guidance) for batch in batches])
 
 
-def check_options(config):
-    """Calls fail() if options do not go together. Runs before any data are read."""
-    from configurator import explained, fail
-    from core.pictures import find_pictures
-    from sample import check_sampler
+if __name__ == "__main__":
+    from configurator import configure, explained, resume, say
+    from core.checkpoint import load_start, require_same_data, restore, take_weights
+    from core.data import load_data
+    from core.machine import choose_machine, describe_machine, describe_model, init_distributed
+    from core.muon import Muon
+    from core.run import Run, require_free_folder, survive
+    from sample import check_guidance
     from unet import UNet
 
-    with explained():
-        trial = build(UNet(**{name: config[name] for name in ARCHITECTURE}), config)
-        check_sampler(sampler, trial)
-        trial.loss(torch.zeros(2, 1, 8, 8))          # fail now rather than in training
-    folder, pictures = Path(out_dir).resolve(), Path(dataset).resolve()
-    if folder.is_dir() and folder.is_relative_to(pictures) and find_pictures(folder)[0]:
-        fail(f"--out_dir={out_dir} holds pictures of --dataset={dataset}: choose another one")
-    if guidance != 1 and not conditional:
-        fail(f"--guidance={guidance}: without labels there is nothing to be guided by")
-    if guidance != 1 and not label_dropout:
-        fail(f"--guidance={guidance} needs the unconditional model: a --label_dropout above 0")
-
-
-ARCHITECTURE += ["channels", "channel_mults", "n_res_blocks", "attention_levels",
-                 "dropout", "patch"]
-FIXED += ["image_size", "conditional", "muon", "adam_beta2", *ARCHITECTURE]
-
-if __name__ == "__main__":
-    from configurator import TRAINING, configure, explained, fail, resume
-    from core.data import load_data, place
-    from core.machine import choose_machine, describe_machine, describe_model, init_distributed
-    from core.run import (Run, load_checkpoint, load_weights, require_free_folder,
-                          require_pairs_kept, require_same_data, restore, survive, take_weights)
-    from unet import Muon, UNet
-
     # Options: the defaults, or the run's own when resuming, overridden by the command line.
-    config, checkpoint, start = configure(globals(), TRAINING | LIMITS), None, None
-    if init_from == "resume":
-        checkpoint = load_checkpoint(Path(out_dir, "ckpt.pt"), METHOD)
-        config = resume(globals(), TRAINING | LIMITS, FIXED, checkpoint)
+    config = configure(globals(), LIMITS)
+    start = load_start(init_from, METHOD, out_dir)   # a checkpoint, or None from scratch
+    resuming = init_from == "resume"
+    if resuming:
+        config = resume(globals(), LIMITS, UNCHANGEABLE, start)
     else:
-        if init_from != "scratch":
-            start = load_weights(init_from, METHOD, out_dir)
         require_free_folder(out_dir, overwrite)
     check_options(config)
 
@@ -512,64 +532,61 @@ if __name__ == "__main__":
     # Data: all on the device as uint8, so no DataLoader is needed.
     with processes.main_first(), explained(f"--dataset={dataset}: "):
         data = load_data(dataset, data_dir, image_size, conditional, background)
-    x_train, y_train, x_val, y_val, noise_train, noise_val = place(data, device, offload)
-    if noise_train is not None:                      # each picture is paired with its noise
-        require_pairs_kept(config, dataset)
-    picture_shape = tuple(x_train.shape[1:])         # (C, H, W)
+    data.to(device, offload)
+    picture_shape = tuple(data.train[0].shape[1:])   # (C, H, W)
     num_classes = len(data.classes)
-    if guidance != 1 and not num_classes:
-        fail(f"--guidance={guidance}: {dataset} has no labels to be guided by")
+    held_out_batch, grid_batch = evaluation_batches(*data.held_out, num_classes)
 
     # The model, the average of its weights, and the optimizer.
     torch.manual_seed(seed)
     model_args = {name: config[name] for name in ARCHITECTURE}
     model_args |= {"in_channels": picture_shape[0], "num_classes": num_classes}
-    model = UNet(**model_args).to(device, memory_format=torch.channels_last)
-    if start:
-        take_weights(model, start, init_from, {name: config[name] for name in FIXED})
+    with explained():
+        check_guidance(guidance, num_classes, label_dropout)
+        model = UNet(**model_args).to(device, memory_format=torch.channels_last)
+    if start and not resuming:
+        take_weights(model, start, init_from, {name: config[name] for name in UNCHANGEABLE})
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     betas = (0.9, adam_beta2)
     if muon:
         optimizer = Muon(model.parameters(), betas=betas)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), betas=betas, fused=True)
-    losses = torch.zeros(2, device=device)           # sum and count since the last log line
     it = 0
-    if checkpoint:
-        require_same_data(checkpoint, dataset, data, model_args, changed_data)
-        restore(checkpoint, model=model, ema=ema, optimizer=optimizer, scaler=scaler)
-        losses += checkpoint["losses"].to(device)
-        it = checkpoint["iteration"]
-    # "reduce-overhead" is CUDA graphs, which launch all kernels of a pass at once. The next pass
-    # reuses their memory, so gradients cannot accumulate over several.
+    losses = torch.zeros(2, device=device)           # sum and count since the last log line
+    if resuming:
+        require_same_data(start, dataset, data, model_args, changed_data)
+        restore(start, model=model, ema=ema, optimizer=optimizer, scaler=scaler)
+        it = start["iteration"]
+        losses += start["losses"].to(device)
+
+    # The model as it is trained. "reduce-overhead" is CUDA graphs, which launch all kernels of a
+    # pass at once. The next pass reuses their memory, so gradients cannot accumulate over several.
     one_pass = world_size == gradient_accumulation_steps == 1
     net = torch.compile(model, mode="reduce-overhead" if one_pass else None) if compile else model
     if world_size > 1:
         net = torch.nn.parallel.DistributedDataParallel(net)
-    trained, averaged = build(net, config, device), build(ema, config, device)
-
-    held_out_batch, grid_batch = fixed_batches(x_val, y_val, noise_val, num_classes)
+    method, averaged = build(net, config, device), build(ema, config, device)
 
     pictures_per_iter = batch_size * gradient_accumulation_steps * world_size
-    run = Run(out_dir, processes, it, max_iters, pictures_per_iter, bool(checkpoint), overwrite)
-    run.say(f"{METHOD} on {dataset}: {data.describe()}")
-    x, y, _, u = (v[:1] for v in held_out_batch)
-    run.say(describe_model(ema, t=u, x=x, y=y))
-    run.say(describe_machine(device, dtype, compile, world_size))
-    until = f"to {max_iters}" if not minutes else f"for {minutes:g} minutes"
-    run.say(f"iterations {it} {until}, of {pictures_per_iter} pictures each")
-    run.say(f"samples, log.csv and ckpt.pt go to {Path(out_dir).resolve()}")
+    run = Run(out_dir, processes, max_iters, pictures_per_iter,
+              start if resuming else None, overwrite)
+    say(f"{METHOD} on {dataset}: {data.describe()}")
+    x, y, _, t = (v[:1] for v in held_out_batch)
+    say(describe_model(ema, t=t, x=x, y=y))
+    say(describe_machine(device, dtype, compile, world_size))
+    run.announce(minutes)
 
     while it < max_iters and not run.stopping:
         for micro in range(gradient_accumulation_steps):
             # One seed per batch: resuming draws the same batches, and n processes draw what one
             # does with n micro-batches. Python does not randomise the hash of integers.
             torch.manual_seed(hash((seed, it, micro * world_size + rank)))
-            batch = get_batch(x_train, y_train, noise_train)
+            x, y = get_batch(*data.train)
             if world_size > 1:                       # sync gradients on the last micro-batch only
                 net.require_backward_grad_sync = micro == gradient_accumulation_steps - 1
             with autocast:
-                loss = trained.loss(*batch)
+                loss = method.loss(x, y)
             scaler.scale(loss / gradient_accumulation_steps).backward()
             losses += torch.stack([loss.detach(), torch.ones_like(loss)])
         lr = get_lr(it)
@@ -591,11 +608,10 @@ if __name__ == "__main__":
             run.log(it, loss, lr, speed, held_out, optimizer)
             losses.zero_()
         if evaluating or run.stopping:
-            run.save_checkpoint(method=METHOD, config=config, iteration=it, losses=losses,
-                                model_args=model_args, picture_shape=picture_shape,
-                                data=data.summary(),
-                                model=model.state_dict(), ema=ema.state_dict(),
-                                optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+            run.save(method=METHOD, config=config, iteration=it, losses=losses,
+                     model_args=model_args, picture_shape=picture_shape, data=data.summary(),
+                     model=model.state_dict(), ema=ema.state_dict(),
+                     optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
         if evaluating:
             with autocast, survive(FloatingPointError, "draw a grid"):    # dopri5 may fail
                 run.save_grid(it, sample_grid(averaged, *grid_batch), held_out)

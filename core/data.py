@@ -20,7 +20,7 @@ from PIL import Image
 from torchvision import datasets
 from torchvision.transforms.functional import center_crop, resize
 
-from configurator import fail, say
+from configurator import explained, fail, say
 from core.pictures import Data, Splitter, load_folder, split
 
 
@@ -53,22 +53,26 @@ def load_data(dataset, data_dir="data", image_size=0, conditional=True, backgrou
     return data
 
 
-def place(data, device, offload=False):
+def load_held_out(config, checkpoint, n=None, dataset="", data_dir=""):
     """
-    Training and held-out pictures and labels, then the noise of each or None, all on the device.
+    The first n held-out pictures, or all, of a run's data: uint8 (N, C, H, W), and labels (N,).
 
-    With offload the training pictures and their noise stay in CPU memory. Calls fail() if the
-    device has too little.
+    config and checkpoint are the run's, see sample.load_run(). dataset and data_dir say where its
+    data are now, if they have moved. Calls fail() if there are fewer than n pictures, or if the
+    data are not what the run was trained on.
     """
-    stay = [0, 4] if offload else []                 # indices of training pictures and their noise
-    parts = list(enumerate([*data.train, *data.held_out, *data.noise]))
-    if "cuda" in device:
-        free, _ = torch.cuda.mem_get_info(device)
-        missing = sum(v.nbytes for i, v in parts if v is not None and i not in stay) - free
-        if missing > 0:
-            fail(f"the pictures do not fit on {device}, which lacks {missing / 2**30:.1f} GiB: "
-                 "--offload keeps them in CPU memory, --image_size makes them smaller")
-    return [v if v is None or i in stay else v.to(device) for i, v in parts]
+    where = dataset or config["dataset"]
+    as_in_training = [config[name] for name in ("image_size", "conditional", "background")]
+    with explained(f"the data of the run, {where}: "):
+        data = load_data(where, data_dir or config["data_dir"], *as_in_training)
+    changed = data.differences(checkpoint["data"])
+    if changed:
+        fail(f"--dataset={where} is not the data that the run was trained on ({changed}): "
+             "give the path to those")
+    x, y = data.held_out
+    if n is not None and n > len(x):
+        fail(f"{n} pictures are asked for, but only {len(x)} are held out")
+    return x[:n], y[:n]
 
 
 # ---- named data sets ----
@@ -292,15 +296,8 @@ def to_size(x, size):
 
 
 def load_npz(path, size):
-    """
-    arr_0 uint8 (N, H, W, C), and arr_1, labels (N,), if any: as sample.py writes them.
-
-    noise (N, H, W, C), if any, is what each picture was drawn from.
-    """
-    x, y, names, noise = read_npz(path)
-    if noise is not None and size and x.shape[1:3] != (size, size):
-        raise ValueError("its pictures are paired with noise, so they cannot be resized: "
-                         "drop --image_size")
+    """arr_0 uint8 (N, H, W, C), and arr_1, labels (N,), if any: as sample.py writes them."""
+    x, y, names = read_npz(path)
     occurring = [label for label in np.unique(y).tolist() if label >= 0]
     number = {-1: -1} | {label: i for i, label in enumerate(occurring)}
     classes = [str(names[label] if label < len(names) else label) for label in occurring]
@@ -312,16 +309,11 @@ def load_npz(path, size):
     for i in np.random.default_rng(0).permutation(len(x)):
         order[splitter.place(x[i], number[y[i]], y[i])] = i
     x = to_size(torch.from_numpy(x), size).index_select(0, torch.from_numpy(order)).numpy()
-    data = split(x, splitter.labels, splitter.front, classes, splitter.checksum)
-    if noise is not None:
-        noise = torch.from_numpy(noise[order].astype(np.float16)).permute(0, 3, 1, 2).contiguous()
-        data.noise = noise[:len(data.train[0])], noise[-len(data.held_out[0]):]
-        data.checksum += sum(zlib.crc32(part) for part in noise.numpy())
-    return data
+    return split(x, splitter.labels, splitter.front, classes, splitter.checksum)
 
 
 def read_npz(path):
-    """Its arrays, checked: pictures, labels (-1 for none), names of classes, and noise or None."""
+    """Its arrays, checked: pictures, labels (-1 for none), and names of classes."""
     with open(path, "rb") as file:
         if not zipfile.is_zipfile(file):
             raise ValueError("it is not an .npz archive")
@@ -330,7 +322,7 @@ def read_npz(path):
             raise ValueError("it must hold pictures as arr_0, "
                              f"but holds {', '.join(arrays) or 'nothing'}")
         try:
-            x, y, noise = [arrays.get(name) for name in ("arr_0", "arr_1", "noise")]
+            x, y = arrays["arr_0"], arrays.get("arr_1")
             names = arrays.get("classes", np.empty(0, str))
         except ValueError:                                   # pickles, which could run any code
             raise ValueError("its arrays must hold numbers or text, not Python objects") from None
@@ -341,12 +333,8 @@ def read_npz(path):
     if y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < -1:
         raise ValueError(f"arr_1 must be {len(x)} labels, integers from 0, or -1 for none, "
                          f"but is {y.dtype} {y.shape}")
-    if noise is not None and (noise.dtype.kind != "f" or noise.shape != x.shape
-                              or not (abs(noise) < 60_000).all()):
-        raise ValueError(f"noise must be finite and shaped like arr_0, {x.shape}, "
-                         f"but is {noise.dtype} {noise.shape}")
     if names.dtype.kind == "S":                              # bytes, as h5py gives them
         names = np.char.decode(names, "utf-8")
     if names.dtype.kind != "U" or names.ndim != 1:
         raise ValueError(f"classes must be names (K,), but is {names.dtype} {names.shape}")
-    return x, y, names, noise
+    return x, y, names

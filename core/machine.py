@@ -136,7 +136,7 @@ def init_distributed(device):
             say(f"another process of this run has ended, so process {rank} ends, too; "
                 f"saved files are intact ({str(e).splitlines()[0][:100]})", file=sys.stderr)
             os._exit(1)                  # without waiting for the other one
-        sys.__excepthook__(kind, e, trace)
+        explain_lack_of_memory(kind, e, trace)
 
     dist.init_process_group("nccl" if "cuda" in device else "gloo")
     sys.excepthook = hook                # replaces the one that init_process_group() sets

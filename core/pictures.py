@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageColor, ImageOps
 
-from configurator import say
-from core.run import atomic_write
+from configurator import fail, say
+from core.checkpoint import atomic_write
 
 Image.MAX_IMAGE_PIXELS = None            # a user's own pictures may be as large as they like
 
@@ -34,13 +34,12 @@ class Data:
         self.train, self.held_out = train, held_out
         self.classes = classes           # names, of those that occur, in natural order
         self.checksum = checksum
-        self.noise = None, None          # that the pictures of each part are paired with, if any
 
     def summary(self):
         """What a checkpoint records about the data: plain values."""
         return {"pictures": len(self.train[0]) + len(self.held_out[0]),
-                "shape": tuple(self.train[0].shape[1:]), "pairs": self.noise[0] is not None,
-                "classes": list(self.classes), "checksum": self.checksum}
+                "shape": tuple(self.train[0].shape[1:]), "classes": list(self.classes),
+                "checksum": self.checksum}
 
     def differences(self, before):
         """In words, how the data differ from those with the summary before; "" if they do not."""
@@ -54,8 +53,26 @@ class Data:
             new = ", ".join(c for c in self.classes if c not in classes) or "none"
             found.append(f"classes missing: {gone}, new: {new}")
         if not found and now["checksum"] != before.get("checksum"):
-            found.append("as many pictures, but other pictures, labels or noise")
+            found.append("as many pictures, but other pictures or labels")
         return "; ".join(found)
+
+    def to(self, device, offload=False):
+        """
+        Move all pictures and labels to the device, but with offload not the training pictures.
+
+        Calls fail() if the device has too little memory.
+        """
+        if "cuda" in device:
+            moving = [*self.train[offload:], *self.held_out]
+            free, _ = torch.cuda.mem_get_info(device)
+            missing = sum(v.nbytes for v in moving) - free
+            if missing > 0:
+                fail(f"the pictures do not fit on {device}, which lacks {missing / 2**30:.1f} GiB: "
+                     "--offload keeps them in CPU memory, --image_size makes them smaller")
+        x, y = self.train
+        self.train = x if offload else x.to(device), y.to(device)
+        self.held_out = tuple(v.to(device) for v in self.held_out)
+        return self
 
     def describe(self):
         """A line with its size, and another one with its classes, if any."""

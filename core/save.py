@@ -8,7 +8,8 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from configurator import explained, fail
-from core.run import atomic_write, lock
+from core.checkpoint import atomic_write
+from core.run import lock
 
 
 def claim(path):

@@ -1,0 +1,156 @@
+"""Files written whole or not at all, and checkpoints: written, read, and matched to a run."""
+import contextlib
+import io
+import os
+import secrets
+import shutil
+import zipfile
+from pathlib import Path
+
+import torch
+
+from configurator import drop_retired, explained, fail, say
+
+CONTENT = {"method": str, "config": dict, "model_args": dict, "picture_shape": tuple,
+           "data": dict, "iteration": int, "losses": torch.Tensor, "model": dict, "ema": dict,
+           "optimizer": dict, "scaler": dict}
+LATER = {"seconds": 0.0, "limits": {}}               # what checkpoints have had since, if anything
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """A binary file that replaces path once it is completely written, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")   # each writer's own
+    try:
+        with open(temporary, "xb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def backup_path(path):
+    """Where the checkpoint before the one at path is kept."""
+    return path.with_stem(f"{path.stem}-previous")
+
+
+def holds_a_run(folder):
+    """Is there a checkpoint in the folder?"""
+    return any(Path(folder).glob("ckpt*.pt"))
+
+
+def save_checkpoint(path, **content):
+    """Write tensors and plain values, whole or not at all; the older file goes to backup_path()."""
+    buffer = io.BytesIO()                            # on a full disk torch.save() may abort the run
+    torch.save(content, buffer)
+    with atomic_write(path) as f:
+        f.write(buffer.getbuffer())
+        f.flush()
+        os.fsync(f.fileno())                         # only now may the older one be replaced
+        if path.exists():
+            kept = Path(f"{backup_path(path)}.tmp")
+            kept.unlink(missing_ok=True)
+            try:
+                os.link(path, kept)                  # not moved: path must exist at all times
+            except OSError:                          # a file system without hard links
+                shutil.copyfile(path, kept)
+            os.replace(kept, backup_path(path))
+
+
+def load_checkpoint(path, method=None):
+    """
+    What save_checkpoint() wrote, on the CPU. Nothing in the file is executed.
+
+    limits in it, in the form of configure()'s, hold for the options of sample.py. Calls fail() if
+    it is not a whole checkpoint, or one of another method.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:              # torch.load() verifies no checksums,
+            folders = [entry.filename for entry in file.infolist() if entry.external_attr & 0x10]
+            if damaged := folders or file.testzip():     # and reads entries marked folders as empty
+                raise ValueError(f"{damaged} is damaged")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if type(checkpoint) is not dict or not all(isinstance(checkpoint.get(name), kind)
+                                                   for name, kind in CONTENT.items()):
+            raise ValueError("it was not written by this program")
+    except Exception as e:                           # a damaged file raises almost anything
+        message = f"there is no valid checkpoint {path} ({' '.join(str(e).split())[:100]})"
+        backup = backup_path(path)
+        if backup.exists():
+            message = f"{message}; to use the previous one: mv {backup} {path}"
+        fail(message)
+    if method and not checkpoint["model"]:
+        fail(f"{path} holds only averaged weights: it can be sampled, not resumed")
+    if checkpoint["method"] != (method or checkpoint["method"]):
+        fail(f"{path} is a run of {checkpoint['method']}.py: resume it with that, "
+             "or choose another --out_dir")
+    for name in ("config", "model_args", "data"):
+        checkpoint[name] = drop_retired(path, checkpoint[name])
+    return LATER | checkpoint
+
+
+def require_same_data(checkpoint, dataset, data, model_args, changed_data):
+    """Calls fail() if the data do not fit the run's model, or differ without changed_data."""
+    changed = data.differences(checkpoint["data"])
+    if checkpoint["model_args"] != model_args:
+        fail(f"--dataset={dataset} does not fit the run's model ({changed or 'other options'}): "
+             "give the run's own data, or start a new run in another --out_dir")
+    if changed and not changed_data:
+        fail(f"--dataset={dataset} is not the data that the run was trained on ({changed}): "
+             "give the path to those, or add --changed_data to use these")
+
+
+def restore(checkpoint, **parts):
+    """Load the state of each part, such as model=model, from the checkpoint entry of that name."""
+    with explained("the checkpoint is from another version of this program: "):
+        for name, part in parts.items():
+            if name != "scaler" or checkpoint[name]:  # a scaler's is empty without float16
+                part.load_state_dict(checkpoint[name])
+
+
+def load_start(init_from, method, out_dir):
+    """
+    The checkpoint that a run of the method begins with: None for "scratch", its own for "resume".
+
+    Otherwise init_from is the folder of another run. Calls fail() if there is none, or if the new
+    run would overwrite it.
+    """
+    if init_from == "scratch":
+        return None
+    if init_from == "resume":
+        return load_checkpoint(Path(out_dir, "ckpt.pt"), method)
+    if not holds_a_run(init_from):
+        fail(f"--init_from={init_from} is neither scratch nor resume, nor the folder of a run")
+    if Path(init_from).resolve() == Path(out_dir).resolve():
+        fail(f"--init_from={init_from} is also the --out_dir: choose another --out_dir")
+    checkpoint = load_checkpoint(Path(init_from, "ckpt.pt"))
+    if checkpoint["method"] != method:
+        fail(f"--init_from={init_from} is a run of {checkpoint['method']}.py, not of {method}.py")
+    return checkpoint
+
+
+def take_weights(model, start, folder, options):
+    """
+    Start from the averaged weights of the run in folder, given its checkpoint.
+
+    Layers it lacks are left alone, and listed; so are those options {name: value} that it had set
+    otherwise.
+    """
+    old = {name: start["config"].get(name, value) for name, value in options.items()}
+    other = [f"--{name}={old[name]}" for name in options if old[name] != options[name]]
+    trained = f"; it was trained with {' '.join(other)}" if other else ""
+    own = model.state_dict()
+    for name, weight in start["ema"].items():
+        if name not in own or own[name].shape != weight.shape:
+            here = tuple(own[name].shape) if name in own else "not there"
+            fail(f"--init_from={folder} has another architecture or other classes: "
+                 f"its {name} is {tuple(weight.shape)}, here it is {here}{trained}")
+    new = model.load_state_dict(start["ema"], strict=False).missing_keys
+    text = f"starting from the weights of {folder}"
+    if new:
+        text += f", except {', '.join(new)}"
+    text += trained
+    say(text)
