@@ -402,8 +402,10 @@ def check_options(config):
     from configurator import explained, fail
     from core.pictures import find_pictures
     from sample import check_guidance, check_sampler
+    from unet import UNet
 
     with explained():
+        UNet(**{name: config[name] for name in ARCHITECTURE})
         method = build(lambda t, x, y: x, config)    # a stand-in for the network
         check_sampler(sampler, method)
         check_guidance(guidance, conditional, label_dropout)
@@ -435,6 +437,28 @@ def get_batch(pictures, labels):
     return x, y
 
 
+def make_optimizer(model):
+    """Muon for convolution kernels and AdamW for the rest, or AdamW for all."""
+    from core.muon import Muon
+
+    if muon:
+        return Muon(model.parameters(), betas=(0.9, adam_beta2))
+    return torch.optim.AdamW(model.parameters(), betas=(0.9, adam_beta2), fused=True)
+
+
+def wrap(model, world_size):
+    """
+    The model as it is trained: compiled, and sharing its gradients with the other processes.
+
+    "reduce-overhead" is CUDA graphs, which launch all kernels of a pass at once. The next pass
+    reuses their memory, so gradients cannot accumulate over several.
+    """
+    if compile:
+        one_pass = world_size == gradient_accumulation_steps == 1
+        model = torch.compile(model, mode="reduce-overhead" if one_pass else None)
+    return torch.nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
+
+
 def update_weights(model, optimizer, scaler, lr):
     """An optimizer step at rate lr, with the gradients that backward() left in the model."""
     for group in optimizer.param_groups:
@@ -453,21 +477,23 @@ def update_average(ema, model, it):
     Move the averaged weights towards the latest ones.
 
     Averaging smooths out the noise of single steps, and gives better samples. The decay starts low,
-    so that the initial weights are soon forgotten.
+    so that the initial weights are soon forgotten. Buffers, such as BatchNorm's, follow the model.
     """
     decay = min(ema_decay, (1 + it) / (10 + it))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    for mean, latest in zip(ema.buffers(), model.buffers()):
+        mean.copy_(latest)
 
 
-def evaluation_batches(x, y, num_classes):
+def evaluation_batches(pictures, labels, num_classes):
     """
     The batches that all evaluations and grids of a run share, so that they are comparable.
 
     (x, y, noise, offsets) for evaluate() holds the first 256 held-out pictures. (noise, y) for
     sample_grid() makes ten rows of ten, one class a row.
     """
-    device, generator = x.device, torch.Generator().manual_seed(0)
-    x, y = x[:256].float() / 127.5 - 1, y[:256]
+    device, generator = labels.device, torch.Generator().manual_seed(0)
+    x, y = pictures[:256].float() / 127.5 - 1, labels[:256]
     noise = torch.randn(x.shape, generator=generator).to(device)
     offsets = torch.rand(len(x), generator=generator).to(device)
     grid_noise = torch.randn(100, *x.shape[1:], generator=generator).to(device)
@@ -502,23 +528,20 @@ def sample_grid(method, noise, y):
 
 
 if __name__ == "__main__":
-    from configurator import configure, explained, resume, say
-    from core.checkpoint import load_start, require_same_data, restore, take_weights
+    from configurator import configure, explained, say
+    from core.checkpoint import load_start, require_same_data, restore, resume, take_weights
     from core.data import load_data
     from core.machine import choose_machine, describe_machine, describe_model, init_distributed
-    from core.muon import Muon
-    from core.run import Run, require_free_folder, survive
+    from core.run import Run, survive
     from sample import check_guidance
     from unet import UNet
 
     # Options: the defaults, or the run's own when resuming, overridden by the command line.
     config = configure(globals(), LIMITS)
-    start = load_start(init_from, METHOD, out_dir)   # a checkpoint, or None from scratch
+    start = load_start(init_from, METHOD, out_dir, overwrite)    # a checkpoint, None from scratch
     resuming = init_from == "resume"
     if resuming:
         config = resume(globals(), LIMITS, UNCHANGEABLE, start)
-    else:
-        require_free_folder(out_dir, overwrite)
     check_options(config)
 
     # The machine, and the other processes if torchrun started some.
@@ -538,23 +561,19 @@ if __name__ == "__main__":
     data.to(device, offload)
     picture_shape = tuple(data.train[0].shape[1:])   # (C, H, W)
     num_classes = len(data.classes)
+    with explained(f"{dataset}: "):
+        check_guidance(guidance, num_classes, label_dropout)
     held_out_batch, grid_batch = evaluation_batches(*data.held_out, num_classes)
 
     # The model, the average of its weights, and the optimizer.
     torch.manual_seed(seed)
     model_args = {name: config[name] for name in ARCHITECTURE}
     model_args |= {"in_channels": picture_shape[0], "num_classes": num_classes}
-    with explained():
-        check_guidance(guidance, num_classes, label_dropout)
-        model = UNet(**model_args).to(device, memory_format=torch.channels_last)
+    model = UNet(**model_args).to(device, memory_format=torch.channels_last)
     if start and not resuming:
         take_weights(model, start, init_from, {name: config[name] for name in UNCHANGEABLE})
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    betas = (0.9, adam_beta2)
-    if muon:
-        optimizer = Muon(model.parameters(), betas=betas)
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), betas=betas, fused=True)
+    optimizer = make_optimizer(model)
     it = 0
     losses = torch.zeros(2, device=device)           # sum and count since the last log line
     if resuming:
@@ -563,14 +582,10 @@ if __name__ == "__main__":
         it = start["iteration"]
         losses += start["losses"].to(device)
 
-    # The model as it is trained. "reduce-overhead" is CUDA graphs, which launch all kernels of a
-    # pass at once. The next pass reuses their memory, so gradients cannot accumulate over several.
-    one_pass = world_size == gradient_accumulation_steps == 1
-    net = torch.compile(model, mode="reduce-overhead" if one_pass else None) if compile else model
-    if world_size > 1:
-        net = torch.nn.parallel.DistributedDataParallel(net)
-    method, averaged = build(net, config, device), build(ema, config, device)
+    wrapped = wrap(model, world_size)
+    method, ema_method = build(wrapped, config, device), build(ema, config, device)
 
+    # The run, and what it is about to do.
     pictures_per_iter = batch_size * gradient_accumulation_steps * world_size
     run = Run(out_dir, processes, max_iters, pictures_per_iter,
               start if resuming else None, overwrite)
@@ -587,7 +602,7 @@ if __name__ == "__main__":
             torch.manual_seed(hash((seed, it, micro * world_size + rank)))
             x, y = get_batch(*data.train)
             if world_size > 1:                       # sync gradients on the last micro-batch only
-                net.require_backward_grad_sync = micro == gradient_accumulation_steps - 1
+                wrapped.require_backward_grad_sync = micro == gradient_accumulation_steps - 1
             with autocast:
                 loss = method.loss(x, y)
             scaler.scale(loss / gradient_accumulation_steps).backward()
@@ -605,7 +620,7 @@ if __name__ == "__main__":
             max_iters = config["max_iters"] = run.iterations_in(minutes, it, speed)
         evaluating = it % eval_interval == 0 or it == max_iters
         with autocast:
-            held_out = evaluate(averaged, *held_out_batch) if evaluating else []
+            held_out = evaluate(ema_method, *held_out_batch) if evaluating else []
         run.require_finite(it, [loss, *held_out], model)
         if logging:
             run.log(it, loss, lr, speed, held_out, optimizer)
@@ -617,6 +632,6 @@ if __name__ == "__main__":
                      optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
         if evaluating:
             with autocast, survive(FloatingPointError, "draw a grid"):    # dopri5 may fail
-                run.save_grid(it, sample_grid(averaged, *grid_batch), held_out)
+                run.save_grid(it, sample_grid(ema_method, *grid_batch), held_out)
         run.start_clock(it)
     run.finish(it)

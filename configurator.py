@@ -29,7 +29,7 @@ ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub,
 NOT_A_LITERAL = (ValueError, SyntaxError, TypeError, ArithmeticError, RecursionError, MemoryError)
 
 
-# Options of older versions: the value that meant nothing, and the page that does the rest now.
+# Options of older versions: the value at which they did nothing, and the page that replaces them.
 RETIRED = {
     "spans": (0.0, "examples/meanflow.py"),
     "pairs": (False, "examples/one_step.py"),
@@ -118,6 +118,8 @@ class Options:
 
     def checked(self, where, name, value):
         """The value, as the option's type; calls fail() if it is not allowed."""
+        if name not in self.defaults and name in RETIRED:
+            fail(f"{where} is no longer an option: see {RETIRED[name][1]}")
         if name not in self.defaults:
             near = difflib.get_close_matches(str(name), self.defaults, n=1)
             hint = f"did you mean {near[0]}?" if near else "--help lists them"
@@ -147,12 +149,8 @@ def drop_retired(where, options):
     """The options without those of RETIRED; calls fail() if one of these had another value."""
     for name in RETIRED.keys() & options.keys():
         neutral, page = RETIRED[name]
-        try:
-            same = parse(options[name], neutral) == neutral
-        except NOT_A_LITERAL:
-            same = False
-        if not same:
-            fail(f"{where}: {name}={options[name]} is no longer an option: see {page}")
+        if options[name] != neutral:
+            fail(f"{where} has {name}={options[name]}, which is no longer an option: see {page}")
     return {name: value for name, value in options.items() if name not in RETIRED}
 
 
@@ -228,33 +226,6 @@ def configure(settings, limits={}, argv=None, saved={}):
     options = Options(settings, limits)
     config = options.restored(saved)
     for where, name, value in read_command_line(argv, options, script.parent):
-        if name not in options.defaults and name in RETIRED:
-            drop_retired(where, {name: value})
-        else:
-            config[name] = options.checked(where, name, value)
+        config[name] = options.checked(where, name, value)
     settings.update(config)
-    return config
-
-
-def resume(settings, limits, fixed, checkpoint):
-    """
-    configure() for a resumed run: its saved options, overridden by those given now.
-
-    Some options hold for one command only. Prints what has changed. Calls fail() if that is one of
-    fixed, or if nothing is left to do.
-    """
-    once = "init_from", "out_dir", "overwrite", "changed_data", "minutes"
-    saved, it = checkpoint["config"], checkpoint["iteration"]
-    config = configure(settings, limits, saved={k: v for k, v in saved.items() if k not in once})
-    for name, value in config.items():
-        before = saved.get(name, value)
-        if value != before and name in fixed:
-            fail(f"--{name}={value}: the run in {config['out_dir']} has {before}, for good")
-        if value != before and name not in once:
-            say(f"resuming with {name} = {value}, which was {before}")
-    if it >= config["max_iters"] and config["minutes"]:
-        settings["max_iters"] = config["max_iters"] = 2 * it     # until the clock sets it
-    elif it >= config["max_iters"]:
-        fail(f"the run in {config['out_dir']} is complete at iteration {it}: "
-             f"to train longer, add --max_iters={2 * it}")
     return config

@@ -211,8 +211,8 @@ def check_guidance(guidance, labelled, label_dropout):
     if guidance != 1 and not labelled:
         raise ValueError(f"--guidance={guidance}: without labels there is nothing to be guided by")
     if guidance != 1 and not label_dropout:
-        raise ValueError(f"--guidance={guidance} needs the unconditional model, which is learned "
-                         "only with a --label_dropout above 0")
+        raise ValueError(f"--guidance={guidance} needs the unconditional model: a --label_dropout "
+                         "above 0 in training")
 
 
 def times(method, sampler, steps):

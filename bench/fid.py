@@ -33,7 +33,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from configurator import configure, explained, fail, say
 from core.data import load_data
 from core.machine import choose_machine
-from core.run import atomic_write, catch_stop_signals
+from core.checkpoint import atomic_write
+from core.run import catch_stop_signals
 from quality import frechet_of_moments
 
 # -----------------------------------------------------------------------------

@@ -32,10 +32,11 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from configurator import TRAINING, configure, fail
+from configurator import configure, fail
 from core.machine import choose_machine, count_flops
+from core.muon import Muon
 from sample import draw
-from unet import Muon, UNet
+from unet import UNet
 
 SHAPES = {
     "mnist": (1, 28, 28),
@@ -145,7 +146,7 @@ class Step:
         self.optimizer.zero_grad()
 
     def __call__(self):
-        x, y, _ = self.part("batch", lambda: self.script.get_batch(self.pictures, self.labels))
+        x, y = self.part("batch", lambda: self.script.get_batch(self.pictures, self.labels))
         loss = self.part("forward", lambda: self.forward(x, y))
         self.part("backward", loss.backward)
         if self.grad_clip:
@@ -309,7 +310,7 @@ if __name__ == "__main__":
         fail(f"{name}: the first word is the script to measure, cfm or ddpm, "
              f"or a peer, {' or '.join(PEERS)}; its options follow")
     script = importlib.import_module("cfm" if name in PEERS else name)
-    config = configure(vars(script), TRAINING | script.LIMITS, argv)
+    config = configure(vars(script), script.LIMITS, argv)
     if config["dataset"] not in SHAPES:
         fail(f"--dataset={config['dataset']}: choose {' or '.join(SHAPES)}")
     script.check_options(config)

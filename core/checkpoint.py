@@ -2,6 +2,7 @@
 import contextlib
 import io
 import os
+import re
 import secrets
 import shutil
 import zipfile
@@ -9,11 +10,12 @@ from pathlib import Path
 
 import torch
 
-from configurator import drop_retired, explained, fail, say
+from configurator import configure, drop_retired, explained, fail, say
 
 CONTENT = {"method": str, "config": dict, "model_args": dict, "picture_shape": tuple,
            "data": dict, "iteration": int, "losses": torch.Tensor, "model": dict, "ema": dict,
            "optimizer": dict, "scaler": dict}
+WRITTEN = r"ckpt\.pt|ckpt-previous\.pt|log\.csv|sample-\d+\.png"   # what a run leaves in its folder
 LATER = {"seconds": 0.0, "limits": {}}               # what checkpoints have had since, if anything
 
 
@@ -40,6 +42,24 @@ def backup_path(path):
 def holds_a_run(folder):
     """Is there a checkpoint in the folder?"""
     return any(Path(folder).glob("ckpt*.pt"))
+
+
+def require_free_folder(folder, overwrite=False):
+    """Calls fail() if a run in the folder would replace another one, or files that no run wrote."""
+    with explained(f"--out_dir={folder}: "):
+        existing = next(p for p in (Path(folder), *Path(folder).absolute().parents) if p.exists())
+        if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+            fail(f"--out_dir={folder}: {existing} is not a folder that can be written to")
+        log, runs = Path(folder, "log.csv"), holds_a_run(folder)
+        if runs and not overwrite:
+            fail(f"{folder} holds a run: continue it with --init_from=resume, "
+                 "or add --overwrite or another --out_dir")
+        if runs or log.is_file() and log.read_text(errors="replace").startswith("iteration,loss,"):
+            return
+        others = [path.name for path in Path(folder).glob("*") if re.fullmatch(WRITTEN, path.name)]
+        if others:
+            fail(f"{folder} holds files that a run would replace, such as {min(others)}: "
+                 "choose another --out_dir")
 
 
 def save_checkpoint(path, **content):
@@ -92,6 +112,30 @@ def load_checkpoint(path, method=None):
     return LATER | checkpoint
 
 
+def resume(settings, limits, fixed, checkpoint):
+    """
+    configure() for a resumed run: its saved options, overridden by those given now.
+
+    Some options hold for one command only. Prints what has changed. Calls fail() if that is one of
+    fixed, or if nothing is left to do.
+    """
+    once = "init_from", "out_dir", "overwrite", "changed_data", "minutes"
+    saved, it = checkpoint["config"], checkpoint["iteration"]
+    config = configure(settings, limits, saved={k: v for k, v in saved.items() if k not in once})
+    for name, value in config.items():
+        before = saved.get(name, value)
+        if value != before and name in fixed:
+            fail(f"--{name}={value}: the run in {config['out_dir']} has {before}, for good")
+        if value != before and name not in once:
+            say(f"resuming with {name} = {value}, which was {before}")
+    if it >= config["max_iters"] and config["minutes"]:
+        settings["max_iters"] = config["max_iters"] = 2 * it     # until the clock sets it
+    elif it >= config["max_iters"]:
+        fail(f"the run in {config['out_dir']} is complete at iteration {it}: "
+             f"to train longer, add --max_iters={2 * it}")
+    return config
+
+
 def require_same_data(checkpoint, dataset, data, model_args, changed_data):
     """Calls fail() if the data do not fit the run's model, or differ without changed_data."""
     changed = data.differences(checkpoint["data"])
@@ -111,17 +155,18 @@ def restore(checkpoint, **parts):
                 part.load_state_dict(checkpoint[name])
 
 
-def load_start(init_from, method, out_dir):
+def load_start(init_from, method, out_dir, overwrite=False):
     """
     The checkpoint that a run of the method begins with: None for "scratch", its own for "resume".
 
     Otherwise init_from is the folder of another run. Calls fail() if there is none, or if the new
-    run would overwrite it.
+    run would overwrite that one, or without overwrite any other.
     """
-    if init_from == "scratch":
-        return None
     if init_from == "resume":
         return load_checkpoint(Path(out_dir, "ckpt.pt"), method)
+    if init_from == "scratch":
+        require_free_folder(out_dir, overwrite)
+        return None
     if not holds_a_run(init_from):
         fail(f"--init_from={init_from} is neither scratch nor resume, nor the folder of a run")
     if Path(init_from).resolve() == Path(out_dir).resolve():
@@ -129,6 +174,7 @@ def load_start(init_from, method, out_dir):
     checkpoint = load_checkpoint(Path(init_from, "ckpt.pt"))
     if checkpoint["method"] != method:
         fail(f"--init_from={init_from} is a run of {checkpoint['method']}.py, not of {method}.py")
+    require_free_folder(out_dir, overwrite)
     return checkpoint
 
 

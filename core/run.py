@@ -12,11 +12,11 @@ import torch
 from torchvision.utils import save_image
 
 from configurator import explained, fail, say
-from core.checkpoint import atomic_write, holds_a_run, load_checkpoint, save_checkpoint
+from core.checkpoint import (WRITTEN, atomic_write, holds_a_run, load_checkpoint,
+                             require_free_folder, save_checkpoint)
 
 COLUMNS = ("iteration,loss,learning_rate,pictures_per_s,seconds,"
            "held_out,quarter1,quarter2,quarter3,quarter4")
-WRITTEN = r"ckpt\.pt|ckpt-previous\.pt|log\.csv|sample-\d+\.png"   # what a run leaves in its folder
 
 
 @contextlib.contextmanager
@@ -26,24 +26,6 @@ def survive(kind, task):
         yield
     except kind as e:
         say(f"could not {task} ({getattr(e, 'strerror', None) or e}), continuing", file=sys.stderr)
-
-
-def require_free_folder(folder, overwrite=False):
-    """Calls fail() if a run in the folder would replace another one, or files that no run wrote."""
-    with explained(f"--out_dir={folder}: "):
-        existing = next(p for p in (Path(folder), *Path(folder).absolute().parents) if p.exists())
-        if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-            fail(f"--out_dir={folder}: {existing} is not a folder that can be written to")
-        log, runs = Path(folder, "log.csv"), holds_a_run(folder)
-        if runs and not overwrite:
-            fail(f"{folder} holds a run: continue it with --init_from=resume, "
-                 "or add --overwrite or another --out_dir")
-        if runs or log.is_file() and log.read_text(errors="replace").startswith("iteration,loss,"):
-            return
-        others = [path.name for path in Path(folder).glob("*") if re.fullmatch(WRITTEN, path.name)]
-        if others:
-            fail(f"{folder} holds files that a run would replace, such as {min(others)}: "
-                 "choose another --out_dir")
 
 
 def catch_stop_signals():

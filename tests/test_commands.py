@@ -15,13 +15,13 @@ BOTH = """
 --learning-rat=3 | did you mean learning_rate?
 --maxiters=3 | did you mean max_iters?
 --METHOD=cfm | unknown option
---FIXED=x | unknown option
+--UNCHANGEABLE=x | unknown option
 --LIMITS={} | unknown option
 --__name__=x | unknown option
 --model=unet | unknown option
 --config=x.py | unknown option
 --n-samples=3 | unknown option
---task=draw | unknown option
+--task=draw | --task is no longer an option: see examples/likelihood.py or
 batch_size=3 | options are written --key=value
 -batch_size=3 | options are written --key=value
 -v | options are written --key=value
@@ -133,8 +133,8 @@ wrong.py | wrong.py:1: batch_size: expected int
 --seed=1.5 | expected int
 --seed=99999999999999999999 | not between 0
 --seed=random | expected int
---sampler=dpm | expected
---sampler=DDIM | expected
+--sampler=dpm | --sampler=dpm is not one of euler
+--sampler=DDIM | is not one of euler
 --sampler | expected
 --sample_steps=0 | not between 1
 --sample_steps=-20 | not between 1
@@ -142,7 +142,7 @@ wrong.py | wrong.py:1: batch_size: expected int
 --guidance=-1 | not between 0
 --guidance=strong | expected float
 --guidance=2 --conditional=false | without labels there is nothing to be guided by
---guidance=2 --label_dropout=0 | needs the unconditional model: a --label_dropout above 0
+--guidance=2 --label_dropout=0 | needs the unconditional model: a --label_dropout above 0 in training
 --out_dir | expected str
 """
 DDPM = """
@@ -170,7 +170,7 @@ CFM = """
 --t_uniform=1.5 | not between 0
 --t_mean=-6 | not between -5
 --t_mean=nan | expected float
---sampler=ancestral | not 'ancestral'
+--sampler=ancestral | --sampler=ancestral is not one of euler
 --path=vp | use --sampler=euler
 --path=vp --sampler=ddim | is for straight paths
 --path=sb --sigma=1 --sampler=dpm++ | is for straight paths
@@ -211,12 +211,11 @@ out/cfm | cannot read the config file
 --guidance=x | expected float
 --guidance_interval=0.2,0.8 | goes with a --guidance
 --guidance_interval=0.2,0.8 --guidance=1 | goes with a --guidance
---guidance_interval=0.2,0.8 --guidance=2 --sampler=dopri5 | not with dopri5 or ancestral
+--guidance_interval=0.2,0.8 --guidance=2 --sampler=dopri5 | not with dopri5
 --guidance_interval=0.8,0.2 --guidance=2 | must be two times, such as 0.2,0.8
 --guidance_interval=0.5 --guidance=2 | must be two times, such as 0.2,0.8
 --guidance_interval=0,0.5,1 --guidance=2 | must be two times, such as 0.2,0.8
 --guidance_interval=() --guidance=2 | must be two times, such as 0.2,0.8
---guidance_interval=0.7,1 --guidance=2 --sampler=euler --steps=2 | none of the 2 times
 --guidance_interval=0.2,1.5 --guidance=2 | not between 0 and 1
 --guidance_interval=-0.2,0.8 --guidance=2 | not between 0 and 1
 --guidance_interval=nan,1 --guidance=2 | expected tuple such as (0.0, 1.0)
@@ -227,10 +226,10 @@ out/cfm | cannot read the config file
 --labels=1,2,99 | the model has 0 to 9
 --labels=a | there is no class a, the model has 0 to 9
 --labels=1.5 | there is no class 1.5, the model has 0 to 9
---sampler=dpm | is not for
---sampler=EULER | is not for
---sampler= | is not for
---sampler=dopri5 --steps=5 | as --atol and --rtol need
+--sampler=dpm | --sampler=dpm is not one of euler
+--sampler=EULER | is not one of euler
+--sampler= | is not one of euler
+--sampler=dopri5 --steps=5 | as many as it needs
 --device=gpu | cannot be used here
 --device=cuda:99 | cannot be used here
 --save=x.jpg | must end in .png, .gif or .npz
@@ -257,7 +256,7 @@ SAMPLE_DDPM = """
 --sampler=ancestral --steps=20 | ancestral sampling takes all 1000 steps
 --steps=1001 | the run has only 1000
 --save=x.gif --sampler=ancestral | a .gif has a frame per evaluation
---guidance_interval=0.2,0.8 --guidance=2 --sampler=ancestral | not with dopri5 or ancestral
+--guidance_interval=0.2,0.8 --guidance=2 --sampler=ancestral | or the textbook's sampler
 --task=likelihood --steps=1 | needs at least 2
 --task=likelihood --clip=false | the bound uses clipped predictions
 --task=likelihood --steps=1001 | the run has only 1000
@@ -266,7 +265,7 @@ SAMPLE_DDPM = """
 SAMPLE_CFM = """
 --task=likelihood --sampler=dpm++ | cannot be run backwards
 --task=interpolate --sampler=ddim --eta=1 | needs a sampler that adds no noise
---sampler=ancestral | is not for cfm
+--sampler=ancestral | is not one of euler
 --eta=1 | goes with --sampler=ddim, not with dpm++
 """
 BENCH = """

@@ -215,7 +215,7 @@ def test_config_file_may_hold_arithmetic_of_numbers(script, tmp_path, text, valu
 
 
 @pytest.mark.parametrize(
-    "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "latin-1"]
+    "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"]
 )
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_config_file_as_editors_and_shells_write_it(script, tmp_path, encoding, end):

@@ -19,10 +19,10 @@ import core.data
 import core.machine
 import core.run
 from cfm import PATHS
-from core.run import atomic_write
+from core.checkpoint import atomic_write
+from core.muon import Muon
 from ddpm import DenoiseDiffusion
 from test_smoke import ROOT, TINY, command, here, refused, run, sample
-from unet import Muon
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_a_run_notices_programs_that_slow_its_threads_down(
     monkeypatch.setattr(core.run, "catch_stop_signals", lambda: [])
     monkeypatch.setattr(core.run.time, "monotonic", lambda: 0)
     monkeypatch.setattr(core.run.time, "process_time", lambda: 0)
-    run = core.run.Run(tmp_path, core.machine.Processes(), 0, 9, 1, False, False)
+    run = core.run.Run(tmp_path, core.machine.Processes(), 9, 1)
     monkeypatch.setattr(core.run.time, "monotonic", lambda: 10)
     monkeypatch.setattr(core.run.time, "process_time", lambda: 10 * ran)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)

@@ -88,7 +88,7 @@ def learns(project, script, *args):
     """Train for a few steps, draw with sample.py, and return what the training printed."""
     printed = run(project, script, *TINY, "--max_iters=40", "--learning_rate=5e-3", "--out_dir=x", *args)
     rows = [row.split(",") for row in (project / "x" / "log.csv").read_text().splitlines()[1:]]
-    held_out = [float(row[4]) for row in rows if row[4]]
+    held_out = [float(row[5]) for row in rows if row[5]]
     assert held_out[1] < held_out[0]
     run(project, "sample", "--out_dir=x", "--n_samples=4", "--save=x.npz", "--labels=1,2")
     assert np.load(project / "x.npz")["arr_0"].std() > 0
@@ -97,7 +97,7 @@ def learns(project, script, *args):
 
 def test_a_schedule(project):
     insert(project / "ddpm.py", "SCHEDULES = {", SIGMOID)
-    insert(project / "ddpm.py", "# The model's target", 'SCHEDULES["sigmoid"] = sigmoid_beta\n\n')
+    insert(project / "ddpm.py", "PREDICTIONS = [", 'SCHEDULES["sigmoid"] = sigmoid_beta\n')
     learns(project, "ddpm", "--schedule=sigmoid")
     message = run(project, "ddpm", "--schedule=sigmoidal", code=2)
     assert "expected linear, cosine, log_snr, sigmoid" in message
@@ -105,7 +105,7 @@ def test_a_schedule(project):
 
 def test_a_curved_path_is_refused_a_sampler_for_straight_ones_and_drawn_by_others(project):
     insert(project / "cfm.py", "PATHS = {", PARABOLA)
-    insert(project / "cfm.py", "class VelocityField", 'PATHS["parabola"] = ParabolicConditionalFlowMatcher\n\n\n')
+    insert(project / "cfm.py", "CHOICES = {", 'PATHS["parabola"] = ParabolicConditionalFlowMatcher\n')
     for sampler in ("dpm++", "ddim"):
         message = run(project, "cfm", *TINY, "--path=parabola", f"--sampler={sampler}", code=2)
         assert "is for straight paths, and this one is curved: use --sampler=euler" in message
@@ -116,7 +116,7 @@ def test_a_curved_path_is_refused_a_sampler_for_straight_ones_and_drawn_by_other
 
 def test_a_straight_path_is_drawn_by_any_sampler(project):
     insert(project / "cfm.py", "PATHS = {", STRAIGHT)
-    insert(project / "cfm.py", "class VelocityField", 'PATHS["line"] = ParabolicConditionalFlowMatcher\n\n\n')
+    insert(project / "cfm.py", "CHOICES = {", 'PATHS["line"] = ParabolicConditionalFlowMatcher\n')
     learns(project, "cfm", "--path=line", "--sampler=dpm++")
 
 

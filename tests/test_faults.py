@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 import core.data
-from core.run import atomic_write, backup_path, load_checkpoint
+from core.checkpoint import atomic_write, backup_path, load_checkpoint
 from test_processes import TORCHRUN
 from test_smoke import TINY, checkpoint, command, flat, here, refused, run, run_here
 
@@ -59,7 +59,7 @@ def wait_for(process, beginning):
 
 def log(folder):
     """The rows of log.csv, without the speed."""
-    return [row[:3] + row[4:] for row in csv.reader((folder / "log.csv").open())]
+    return [row[:3] + row[5:] for row in csv.reader((folder / "log.csv").open())]
 
 
 def assert_same_run(a, b):

@@ -10,7 +10,8 @@ import cfm
 import ddpm
 import sample
 
-from unet import Muon, Norm, UNet, newton_schulz, time_embedding
+from core.muon import Muon, newton_schulz
+from unet import Norm, UNet, time_embedding
 
 
 def small(**options):
