@@ -31,7 +31,7 @@ def bench(program, *args, cwd):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
-PROGRAMS = ["quality", "nearest", "fid", "samplers", "speed", "peers", "toy2d"]
+PROGRAMS = ["quality", "record", "nearest", "fid", "samplers", "speed", "peers", "toy2d"]
 
 
 @pytest.mark.slow
@@ -664,6 +664,68 @@ def test_the_network_of_fid():
         both, alone = network(to_input(x)), network(to_input(x[1:]))
     assert both.shape == (2, 2048) and both.min() >= 0 and both.mean() > 0.1
     assert torch.allclose(both[1], alone[0], atol=1e-4)
+
+
+# ---- record.py ----
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two runs that differ in their seed only: the included weights, with logs of their own."""
+    content = torch.load(ROOT / "assets" / "cfm" / "ckpt.pt", weights_only=True)
+    for name, seed, seconds in (("a", 1337, 150.0), ("b", 1, 180.0)):
+        (tmp_path / name).mkdir()
+        content["config"]["seed"] = seed
+        torch.save(content, tmp_path / name / "ckpt.pt")
+        rows = [f"100,0.2,1e-3,900,{seconds / 2},,,,,", f"200,0.2,1e-3,900,{seconds},,,,,"]
+        head = "iteration,loss,learning_rate,pictures_per_s,seconds,held_out"
+        (tmp_path / name / "log.csv").write_text("\n".join([head, *rows]) + "\n")
+    return tmp_path
+
+
+def record(*args, cwd):
+    code, out, err = run_here("bench/record", *args, cwd=cwd)
+    assert code == 0, err
+    return [cell.strip() for cell in out.splitlines()[-1].strip("|").split("|")]
+
+
+def test_record_prints_the_row_of_a_contender(runs):
+    from quality import FOLDER, load_judge, read_pictures, score
+
+    track, seeds, minutes, machine, evaluations, *found = record("a", "b", "--n_samples=30", cwd=runs)
+    assert (track, seeds, minutes, evaluations) == ("three minutes", "1337, 1", "2.5, 3.0", "5")
+    assert machine.endswith(f"torch {torch.__version__.split('+')[0]}")
+    x, y = read_pictures(runs / "b" / "record.npz")
+    assert len(x) == 30
+    scores = [score(*judge[:1], judge[1]["test"], x, y)
+              for judge in (load_judge(FOLDER / "a.pt"), load_judge(FOLDER / "b.pt"))]
+    expected = [f"{multiple:.2f}" for _, multiple, _, _ in scores] + [f"{share:.2%}" for *_, share, _ in scores]
+    assert [cell.split(", ")[1] for cell in found[:4]] == expected and found[4] == ""
+
+
+def test_record_names_the_track(runs):
+    small = "--n_samples=2", "--machine=an abacus"
+    assert record("a", *small, "--minutes_before=0.5", cwd=runs)[0] == "three minutes"
+    row = record("a", "b", *small, "--minutes_before=0.5", cwd=runs)
+    assert (row[0], row[2], row[3]) == ("the default", "3.0, 3.5", "an abacus")
+    assert record("a", *small, "--minutes_before=10", cwd=runs)[0] == "none"
+    assert record("a", *small, "--draw=--steps=1", cwd=runs)[0] == "one evaluation"
+
+
+def test_record_gives_what_the_digits_teach(runs, flowers):
+    row = record("a", "--n_samples=4", "--teach=1", cwd=runs)
+    assert re.fullmatch(r"[\d.]+%", row[-1])
+    assert len(np.load(runs / "a" / "record.npz")["arr_0"]) == 20
+
+
+def test_record_refuses_in_one_line(runs):
+    content = torch.load(runs / "b" / "ckpt.pt", weights_only=True)
+    content["config"]["learning_rate"] = 0.5
+    torch.save(content, runs / "b" / "ckpt.pt")
+    code, out, err = run_here("bench/record", "a", "b", cwd=runs)
+    assert code == 2 and out == "" and err.count("\n") == 1 and "b has learning_rate = 0.5" in err
+    (runs / "a" / "log.csv").write_text("iteration,loss\n100,0.2\n")
+    code, out, err = run_here("bench/record", "a", cwd=runs)
+    assert code == 2 and out == "" and err.count("\n") == 1 and "no seconds" in err
 
 
 # ---- nearest.py, with a stand-in for the judge ----
