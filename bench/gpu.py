@@ -115,11 +115,10 @@ def read_drawing(log, run, start):
 
 def read_quality(log, run, start):
     found = {}
-    row = r"^(\S.*?) +(\d+) +([\d.]+) +([\d.]+) +(nan%|[\d.]+%) +([\d.]+%)  "
-    for name, n, _, floor, recognised, coverage in re.findall(row, log, re.M):
-        name = Path(name).stem                       # its front may be cut off
-        found |= {f"{name}: x floor": float(floor), f"{name}: recognised": recognised,
-                  f"{name}: coverage": coverage}
+    row = r"^(\S.*?) +([AB]) +\d+ +[\d.]+ +([\d.]+) +(nan%|[\d.]+%) "
+    for name, judge, times, recognised in re.findall(row, log, re.M):
+        name = f"{Path(name).stem}, judge {judge}"   # its front may be cut off
+        found |= {f"{name}: x floor": float(times), f"{name}: recognised": recognised}
     return found
 
 

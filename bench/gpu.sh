@@ -123,12 +123,12 @@ present() { [[ $(find "$data" -name "$1" -print -quit) ]]; }
 
 # ---- what is measured, and how small in a rehearsal ----
 
-device=cuda digits=10000 pairs=200000 cifar_pictures=5000 tiny=() tiny_peer=() speed=(--dtype=bfloat16) judge=()
+device=cuda digits=10000 pairs=200000 cifar_pictures=5000 tiny=() tiny_peer=() speed=(--dtype=bfloat16)
 mnist=(--dataset=mnist) cifar=(--dataset=cifar10)
 present '*t10k-images*' || mnist=()
 present 'cifar-10-*' || cifar=()
 if [[ $rehearse ]]; then
-    device=cpu digits=200 pairs=200 cifar_pictures=20 speed=() judge=(--judge_epochs=1)
+    device=cpu digits=200 pairs=200 cifar_pictures=20 speed=()
     tiny=(--channels=8 --batch_size=16 --max_iters=20 --eval_interval=10 --log_interval=5
         --sample_steps=2)
     tiny_peer=(--channels=32 --batch_size=2) # their group norms need a multiple of 32 channels
@@ -160,8 +160,8 @@ if [[ ${mnist[*]} ]]; then
     draw ddpm-digits 40 ddpm $digits
     drawn=("$scratch"/run/*-digits.npz)
     if [[ -e ${drawn[0]} ]] && present '*t10k-images*'; then
-        stage quality 90 "$python" bench/quality.py "${drawn[@]}" --data_dir="$data" \
-            --device=$device "${judge[@]}"
+        stage quality 90 "$python" bench/quality.py "${drawn[@]}" --training --data_dir="$data" \
+            --device=$device
     else
         skip quality "it needs MNIST and digits"
     fi

@@ -7,21 +7,24 @@ Learned, not memorised? How far drawn MNIST digits are from the nearest training
 
 For each digit it finds the nearest of the 60,000 training pictures, by two distances:
     pixels       Euclidean, between pixels in [0, 1]
-    features     Euclidean, between features of quality.py's classifier, which care less where
-                 exactly a stroke lies. Their units mean nothing elsewhere
+    features     Euclidean, between features of quality.py's judge A, which care less where exactly
+                 a stroke lies. Their units mean nothing elsewhere
 A row of the table gives quantiles of these distances for a set of digits:
     a file             its first 4,000 digits (n)
     test digits        the first 4,000. No model has seen them: a model that has learned draws
                        digits about as far away, and one that copies draws nearer ones
-    training digits    4,000 at random, the same ones each time. Each is compared with all others.
-                       The classifier has seen them, but not the test digits
+    training digits    4,000 at random of the first 50,000, the same ones each time. Each is
+                       compared with all others. The judge has seen them, but not the test digits
+The last column is the share nearer to the last 10,000 training digits than to the 10,000 test
+digits, none of which the judge has seen. It is about a half if nothing was memorised, and unlike
+the quantiles it does not depend on the share of ones.
 The plot shows how many digits are within each distance. Below are the ten digits of the first file
 that are nearest to a training picture in pixels, each above that picture. Most are ones, which vary
 least. The 10% quantile in pixels lies between the ones and the rest, so it depends on their share:
 10% in what sample.py draws, 11% in MNIST.
 
-If a set has fewer than n digits, the others are cut to its size. The classifier is trained first if
-data_dir does not have it. The rest takes a minute or two on one CPU core, and 3 GB of memory.
+If a set has fewer than n digits, the others are cut to its size. It takes a minute or two on one
+CPU core, and 3 GB of memory.
 """
 import math
 import sys
@@ -34,11 +37,11 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from configurator import configure, explained, fail
 from core.machine import choose_machine
-from quality import load_judge, look, read_pictures
+from quality import load_digits, load_judge, look, read_pictures
 
 # -----------------------------------------------------------------------------
 n = 4000                     # how many digits of each set
-data_dir = "data"            # holds MNIST, and the classifier once trained
+data_dir = "data"            # holds MNIST
 picture = "assets/nearest.png"
 device = "cpu"
 # -----------------------------------------------------------------------------
@@ -67,6 +70,11 @@ def nearest(points, train, own=None):
         distances.append(found.values)
         indices.append(found.indices)
     return torch.cat(distances), torch.cat(indices)
+
+
+def nearer_share(points, train, test, own=None):
+    """Share of points (N, D) nearer to one of train than to any of test; own as in nearest()."""
+    return (nearest(points, train)[0] < nearest(points, test, own)[0]).double().mean().item()
 
 
 def strip(x):
@@ -123,29 +131,35 @@ if __name__ == "__main__":
         Path(picture).parent.mkdir(parents=True, exist_ok=True)
         Path(picture).touch()
     with explained():
-        judge, ((x_train, _), (x_test, _)) = load_judge(data_dir, device=device)
+        judge, _ = load_judge(device=device)
+        (x_train, _), (x_test, _) = load_digits(data_dir, device)
 
     sets = drawn | {"test digits": x_test, "training digits": x_train}
     shortest = min(sets, key=lambda name: len(sets[name]))
     count = min(n, len(sets[shortest]))
     if count < n:
         print(f"{count} digits of each set: {shortest} has no more")
-    order = torch.randperm(len(x_train), generator=torch.Generator().manual_seed(0))
+    unseen = len(x_train) // 6                        # the last ones: as many as test digits
+    order = torch.randperm(len(x_train) - unseen, generator=torch.Generator().manual_seed(0))
     chosen = order[:count].to(device)
     sets = {name: x[:count].to(device) for name, x in sets.items()}
     sets["training digits"] = x_train[chosen]
 
     kinds = {"pixels": to_pixels, "features": lambda x: look(judge, x)[0]}
     results, neighbours = {kind: {} for kind in kinds}, {}
-    print(f"| distance | of {count:,} | " + " | ".join(f"{q:.0%}" for q in QUANTILES) + " |")
-    print("|---|---|" + len(QUANTILES) * "---:|", flush=True)
+    head = [f"{q:.0%}" for q in QUANTILES] + ["nearer to training"]
+    print(f"| distance | of {count:,} | " + " | ".join(head) + " |")
+    print("|---|---|" + len(head) * "---:|", flush=True)
     for kind, to_points in kinds.items():
-        train = to_points(x_train)
+        train, test = to_points(x_train), to_points(x_test)
         for name, x in sets.items():
+            points = to_points(x)
             own = chosen if name == "training digits" else None
-            results[kind][name], neighbours[kind, name] = nearest(to_points(x), train, own)
+            results[kind][name], neighbours[kind, name] = nearest(points, train, own)
             quantiles = [results[kind][name].quantile(q).item() for q in QUANTILES]
-            cells = [kind, name, *(f"{q:.2f}" for q in quantiles)]
+            own = torch.arange(count, device=device) if name == "test digits" else None
+            share = nearer_share(points, train[-unseen:], test, own)
+            cells = [kind, name, *(f"{q:.2f}" for q in quantiles), f"{share:.1%}"]
             print("| " + " | ".join(cells) + " |", flush=True)
 
     gaps, best = results["pixels"][files[0]].topk(min(10, count), largest=False)

@@ -15,10 +15,10 @@ table gives
     iterations    done in these minutes; s/step: seconds per iteration
     evaluations   of the model per picture drawn
     pictures      drawn: all that were asked for, or as many as sampling_minutes allow
-    x floor       their distance to the test set, as a multiple of the floor, see bench/quality.py.
-                  It grows as pictures get fewer: the row of training images shows the best that
-                  n_samples can reach, and a row with fewer pictures is at a disadvantage, in
-                  coverage too
+    x floor       their distance to the test set, as a multiple of the floor, by judge A of
+                  bench/quality.py. It grows as pictures get fewer: the row of training images shows
+                  the best that n_samples can reach, and a row with fewer pictures is at a
+                  disadvantage, in coverage too
     recognised    the share classified as the digit asked for; -: the recipe has no labels
     coverage      the share of test images with a drawn one nearby
 Some of these models were meant to train for hours on GPUs. The table shows what you get on a small
@@ -43,10 +43,11 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from cfm import ConditionalFlowMatcher, VelocityField
+from classifiers import to_float
 from configurator import configure, explained, fail
 from core.machine import choose_machine
 from ddpm import DenoiseDiffusion
-from quality import floors, load_judge, look, to_float, verdict
+from quality import covered_share, load_digits, load_judge, look, score
 from sample import draw
 
 # -----------------------------------------------------------------------------
@@ -55,7 +56,7 @@ minutes = 10.0               # of training, each
 sampling_minutes = 3.0       # after which a peer draws no further batch
 n_samples = 2000             # pictures to draw
 seed = 1337
-data_dir = "data"            # holds MNIST, and the judge once trained
+data_dir = "data"            # holds MNIST
 out_dir = "out/peers"
 device = "cpu"               # on a GPU, cfm and ddpm compile and use bfloat16; the recipes do not
 # -----------------------------------------------------------------------------
@@ -297,16 +298,16 @@ if __name__ == "__main__":
     device, *_ = choose_machine(device)
     with explained():
         Path(out_dir).mkdir(parents=True, exist_ok=True)
-        judge, splits = load_judge(data_dir, device=device)
-    x_train, y_train = splits[0]
-    real, _ = look(judge, splits[1][0])
-    floor = np.mean(floors(judge, real, x_train))
+        judge, references = load_judge(device=device)
+        (x_train, y_train), (x_test, _) = load_digits(data_dir, device)
+    real, _ = look(judge, x_test)
 
     def columns(x, y):
         """The last four columns, for pictures uint8 (N, 1, 28, 28) and labels or None."""
-        distance, recognised, covered, _ = verdict(judge, real, x, y)
+        _, times, recognised, _ = score(judge, references["test"], x, y)
         recognised = "-" if math.isnan(recognised) else f"{recognised:.1%}"
-        return f"{len(x)} | {distance / floor:.2f} | {recognised} | {covered:.1%}"
+        covered = covered_share(real, look(judge, x)[0])
+        return f"{len(x)} | {times:.2f} | {recognised} | {covered:.1%}"
 
     table = [
         "| | parameters | minutes | iterations | s/step | evaluations | pictures | x floor "

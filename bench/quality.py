@@ -1,127 +1,95 @@
 """
-How good are drawn MNIST digits? A classifier, trained here once, judges any .npz from sample.py.
+How good are drawn MNIST digits? Two classifiers judge any .npz from sample.py, without a data set.
 
     python sample.py --out_dir=out/cfm --n_samples=10000 --save=out/cfm/digits.npz
-    python bench/quality.py out/cfm/digits.npz        # as many files as you like; a row for each
+    python bench/quality.py out/cfm/digits.npz        # as many files as you like; two rows for each
 
-The first run trains the classifier: seeded, in minutes on two cores, then kept in data_dir. A row
-gives
-    distance     squared Frechet distance between the classifier's features of the pictures and
-                 those of the 10,000 test images
-    x floor      the same as a multiple of the floor: the mean distance of six sets of 10,000
-                 training images to the test set. The distance itself is in the classifier's units,
-                 which mean nothing elsewhere
+The judges come with the project, in assets/judge, so the same file has the same score everywhere.
+Both were trained on the first 50,000 training digits. A makes all choices. B has another
+architecture and seed, and makes none: it shows what was gained with A's taste alone. A row gives
+    distance     squared Frechet distance between the judge's features of the pictures and those of
+                 the 10,000 test digits, or with --against=train of the last 10,000 training digits
+    x floor      the same as a multiple of the floor: the mean distance of sets of 10,000 training
+                 digits to the same digits. The distance itself is in the judge's units, which mean
+                 nothing elsewhere
     recognised   the share classified as the digit that was asked for (files with labels)
-    coverage     the share of test images with a drawn one nearer, in features, than their fifth
-                 nearest test image (Naeem et al. 2020, arXiv 2002.09797); the floor's row
-                 shows the best to expect
-    teaches      with --teach=4: the test accuracy of another classifier, trained on these
-                 pictures alone for four epochs (Ravuri & Vinyals 2019, arXiv
-                 1905.10887: classification accuracy score). It needs labels, but no judge
     counts       how many are classified as a 0, a 1, ... a 9
-The classifier was trained on the floor's pictures, so the floor partly reflects what it
-memorised. Fewer than 10,000 pictures are judged too, but the distance then comes out larger:
-compare equal numbers.
+More, with MNIST in data_dir:
+    --training   rows for the first 10,000 training digits
+    --coverage   the share of these test digits with a drawn one nearer, in features, than their
+                 fifth nearest test digit (Naeem et al. 2020, arXiv 2002.09797)
+    --teach=4    the accuracy, on these test digits, of three other classifiers, trained on a file's
+                 pictures alone for four epochs: mean and range (Ravuri & Vinyals 2019, arXiv
+                 1905.10887: classification accuracy score). It needs labels, but no judge
+    --judge=7    instead of A and B, a judge trained now with seed 7, which takes minutes, then kept
+                 in data_dir; or --judge=PATH, its file
+Fewer than 10,000 pictures are judged too, but the distance then comes out larger: compare equal
+numbers. Choose steps, samplers or scales with --against=train, and report the test digits.
 """
+import contextlib
+import hashlib
+import io
 import math
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from classifiers import ARCHITECTURES, to_float, train
 from configurator import configure, explained, fail
 from core.data import load_data
 from core.machine import choose_machine
 from core.run import save_checkpoint
 
 # -----------------------------------------------------------------------------
-data_dir = "data"            # holds MNIST, and the classifier once trained
-judge_seed = 0               # another seed, another judge: does a result depend on it?
-judge_epochs = 6
+against = "test"             # the test digits; or train, the last 10,000 training digits
+training = False             # also judge the first 10,000 training digits
+coverage = False
 teach = 0                    # epochs of the classifiers that learn from the files; 0: none
+judge = ""                   # a judge's file, or the seed of one to train; "": A and B
+architecture = "plain"       # of the judge to train: plain, as A, or residual, as B
+judge_epochs = 12
+data_dir = "data"            # holds MNIST, and judges trained here
 device = "cpu"
 # -----------------------------------------------------------------------------
-LIMITS = {"judge_epochs": (1, math.inf), "teach": (0, math.inf), "judge_seed": (0, 2**63 - 1)}
+LIMITS = {"against": ["test", "train"], "architecture": ["plain", "residual"],
+          "judge_epochs": (1, math.inf), "teach": (0, math.inf)}
+FOLDER = Path(__file__).resolve().parent.parent / "assets" / "judge"
+CHECKSUMS = {                # SHA-256 of the judges' files in FOLDER
+    "a.pt": "7e695a0094dae3d43840b18544ade0698b4827d96a447ce8e780a59edb27e9c3",
+    "b.pt": "18225cf10f9536318d2291b0f59f385998c5399ae3d1648ec44ad4c50cb5c37a",
+}
 
 
-class Judge(nn.Module):
-    """
-    Logits (B, 10) of the ten classes, for pictures (B, 1, 28, 28) in [-1, 1].
-
-    features() is the layer before, (B, 128).
-    """
-
-    def __init__(self):
-        super().__init__()
-
-        def conv(a, b, stride):
-            return [nn.Conv2d(a, b, 3, stride, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
-
-        self.features = nn.Sequential(
-            *conv(1, 32, 1),
-            *conv(32, 64, 2),
-            nn.MaxPool2d(2),
-            *conv(64, 128, 1),
-            nn.MaxPool2d(2),
-            nn.Flatten(),
-            nn.Linear(128 * 9, 128),
-            nn.ReLU(),
-        )
-        self.classes = nn.Linear(128, 10)
-
-    def forward(self, x):
-        return self.classes(self.features(x))
-
-
-def to_float(x):
-    return x.float() / 127.5 - 1
-
-
-def jitter(x):
-    """Each of the pictures (B, 1, H, W) turned, scaled and shifted a little."""
-    turn = 0.2 * (2 * torch.rand(len(x)) - 1)
-    scale = 1 + 0.15 * (2 * torch.rand(len(x)) - 1)
-    shift = 0.15 * (2 * torch.rand(len(x), 2) - 1)
-    cos, sin = scale * turn.cos(), scale * turn.sin()
-    theta = torch.stack([cos, -sin, shift[:, 0], sin, cos, shift[:, 1]], 1).reshape(-1, 2, 3)
-    grid = F.affine_grid(theta.to(x.device), x.shape, align_corners=False)
-    return F.grid_sample(x + 1, grid, align_corners=False) - 1
-
-
-def train(x, y, seed, epochs, batch_size=256, lr=5e-3, name="the judge"):
-    """A judge trained on digits x uint8 (N, 1, 28, 28) of classes y (N,)."""
-    torch.manual_seed(seed)
-    judge = Judge().to(x.device, memory_format=torch.channels_last)
-    batch_size = min(batch_size, len(x))
-    batches = len(x) // batch_size                # full ones per epoch
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * batches)
-    for epoch in range(epochs):
-        for i in torch.randperm(len(x)).to(x.device).split(batch_size)[:batches]:
-            loss = F.cross_entropy(judge(jitter(to_float(x[i]))), y[i], label_smoothing=0.05)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        print(f"training {name}: epoch {epoch + 1} of {epochs}, loss {loss.item():.4f}",
-              flush=True)
-    return judge.eval()
+@contextlib.contextmanager
+def full_float32():
+    """On a GPU without TF32, which could change a score's third digit."""
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.backends.cudnn.allow_tf32 = before[0]
+    torch.set_float32_matmul_precision(before[1])
 
 
 @torch.no_grad()
-def look(judge, x):
-    """(features float64 (N, 128), classes (N,)) of pictures x uint8 (N, 1, 28, 28)."""
-    features = torch.cat([judge.features(to_float(part)) for part in x.split(1000)])
-    return features.double(), judge.classes(features).argmax(1)
+@full_float32()
+def look(network, x, batch_size=1000):
+    """(features float64 (N, D), classes (N,)) of pictures x uint8 (N, 1, 28, 28)."""
+    features = torch.cat([network.features(to_float(part)) for part in x.split(batch_size)])
+    return features.double(), network.classes(features).argmax(1)
+
+
+def moments(a):
+    """Mean (D,) and covariance (D, D) of features (N, D)."""
+    return a.mean(0), torch.cov(a.T)
 
 
 def frechet(a, b):
     """Squared Frechet distance between Gaussians with the moments of a and b, (N, D) each."""
-    return frechet_of_moments(a.mean(0), torch.cov(a.T), b.mean(0), torch.cov(b.T))
+    return frechet_of_moments(*moments(a), *moments(b))
 
 
 def frechet_of_moments(mean_a, cov_a, mean_b, cov_b):
@@ -132,7 +100,7 @@ def frechet_of_moments(mean_a, cov_a, mean_b, cov_b):
     return (shift + cov_a.trace() + cov_b.trace() - 2 * root).item()
 
 
-def coverage(real, drawn, k=5):
+def covered_share(real, drawn, k=5):
     """Share of real (N, D) with one of drawn (M, D) as near as the k-th nearest other real one."""
     covered = 0
     for part in real.split(1000):
@@ -141,35 +109,92 @@ def coverage(real, drawn, k=5):
     return covered / len(real)
 
 
-def load_judge(data_dir, seed=0, epochs=6, device="cpu"):
-    """(judge, [MNIST's training set, its test set]): trained now, or loaded from data_dir."""
-    data = load_data("mnist", data_dir)
-    splits = [(x.to(device), y.to(device)) for x, y in (data.train, data.held_out)]
-    path = Path(data_dir, f"judge-{seed}-{epochs}.pt")
-    if path.exists():
-        judge = Judge().to(device).eval()
-        judge.load_state_dict(torch.load(path, map_location=device, weights_only=True))
-    else:
-        judge = train(*splits[0], seed, epochs)
-        save_checkpoint(path, **judge.state_dict())
-    return judge, splits
-
-
-def floors(judge, real, x):
-    """Distances of each 10,000 training images of x to the test set, given its features real."""
-    return [frechet(look(judge, part)[0], real) for part in x.split(10_000)]
-
-
-def verdict(judge, real, x, y=None):
+def score(network, reference, x, y=None):
     """
-    (distance, share recognised or nan, coverage, counts (10,)); real: the test set's features.
+    (distance, distance / floor, share recognised or nan, counts (10,)) of a judge.
 
-    Pictures x are uint8 (N, 1, 28, 28), labels y (N,) or None.
+    Pictures x are uint8 (N, 1, 28, 28), labels y (N,) or None; for reference see load_judge().
     """
-    features, classes = look(judge, x)
+    features, classes = look(network, x)
+    distance = frechet_of_moments(*moments(features), reference["mean"], reference["covariance"])
     recognised = math.nan if y is None else (classes == y).double().mean().item()
     counts = classes.bincount(minlength=10).tolist()
-    return frechet(features, real), recognised, coverage(real, features), counts
+    return distance, distance / reference["floor"], recognised, counts
+
+
+def teach_pupils(x, y, x_real, y_real, epochs):
+    """Accuracies on x_real, y_real of three classifiers trained on the digits x of classes y."""
+    accuracies = []
+    for seed in range(3):
+        pupil = train(x, y, seed, epochs, name=f"pupil {seed}")
+        accuracies.append((look(pupil, x_real)[1] == y_real).double().mean().item())
+    return accuracies
+
+
+# ---- judges' files ----
+
+def make_judge(train_split, test_split, architecture="plain", seed=0, epochs=12):
+    """
+    What a judge's file holds: weights in float16, and what it knows of the digits it compares with.
+
+    Splits are (x uint8 (N, 1, 28, 28), y (N,)). It is trained on the first five sixths of the
+    training split. The last sixth is the reference named train, the test split the other.
+    """
+    parts = list(zip(*(part.chunk(6) for part in train_split)))
+    x, y = map(torch.cat, zip(*parts[:-1]))
+    network = train(x, y, seed, epochs, architecture)
+    weights = {name: w.half() if w.is_floating_point() else w
+               for name, w in network.state_dict().items()}
+    network.load_state_dict(weights)              # rounded, as everyone will load them
+    sets = [look(network, x)[0] for x, _ in parts]
+
+    def reference(x, y, sets):
+        features, classes = look(network, x)
+        mean, covariance = moments(features)
+        return {"mean": mean, "covariance": covariance,
+                "floor": sum(frechet(part, features) for part in sets) / len(sets),
+                "accuracy": (classes == y).double().mean().item()}
+
+    return {"architecture": architecture, "weights": weights,
+            "test": reference(*test_split, sets), "train": reference(*parts[-1], sets[:-1])}
+
+
+def load_judge(path=FOLDER / "a.pt", device="cpu"):
+    """
+    (network, references) from a judge's file, by default A's; calls fail() if it is not whole.
+
+    references["test"] and ["train"] are dicts: mean and covariance of the features of the digits
+    that others are compared with, the floor, and accuracy, the share that the judge gets right.
+    """
+    path = Path(path)
+    with explained(f"{path}: "):
+        content = path.read_bytes()
+        known = CHECKSUMS.get(path.name) if path.parent == FOLDER else None
+        if known and hashlib.sha256(content).hexdigest() != known:
+            raise ValueError("its checksum is wrong, so its scores would be: get the file again")
+        kept = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+        network = ARCHITECTURES[kept["architecture"]]().to(device).eval()
+        network.load_state_dict(kept["weights"])
+        return network, {name: kept[name] for name in ("test", "train")}
+
+
+def load_judges(device):
+    """{name: (network, references)}: A and B, or the one that --judge asks for."""
+    if not judge:
+        return {"A": load_judge(FOLDER / "a.pt", device), "B": load_judge(FOLDER / "b.pt", device)}
+    path = judge
+    if judge.isdecimal():
+        path = Path(data_dir, f"judge-{architecture}-{judge}-{judge_epochs}.pt")
+        if not path.exists():
+            splits = load_digits(data_dir, device)
+            save_checkpoint(path, **make_judge(*splits, architecture, int(judge), judge_epochs))
+    return {"own": load_judge(path, device)}
+
+
+def load_digits(data_dir, device="cpu"):
+    """MNIST's training and test split, (x uint8 (N, 1, 28, 28), y (N,)) each, on the device."""
+    data = load_data("mnist", data_dir)
+    return [(x.to(device), y.to(device)) for x, y in (data.train, data.held_out)]
 
 
 def read_pictures(file):
@@ -193,26 +218,31 @@ if __name__ == "__main__":
     files = [a for a in sys.argv[1:] if a.endswith(".npz") and not a.startswith("--")]
     configure(globals(), LIMITS, [a for a in sys.argv[1:] if a not in files])
     drawn = {file: read_pictures(file) for file in files}
-
     device, *_ = choose_machine(device)
     with explained():
-        judge, splits = load_judge(data_dir, judge_seed, judge_epochs, device)
-    (x_train, y_train), (x_test, y_test) = splits
-    real, classes = look(judge, x_test)
-    print(f"the judge gets {(classes == y_test).float().mean():.2%} of the test set right")
-    floor = np.mean(floors(judge, real, x_train))
-    print(f"{'':40} {'pictures':>8} {'distance':>9} {'x floor':>8} {'recognised':>10} "
-          f"{'coverage':>8} {'teaches':>8}  counts")
-    sizes = {10_000} | ({min(len(x), len(x_train)) for x, _ in drawn.values()} if teach else set())
-    drawn = {f"{n:,} training images": (x_train[:n], y_train[:n]) for n in sorted(sizes)} | drawn
+        judges = load_judges(device)
+        if training or coverage or teach:
+            (x_train, y_train), real = load_digits(data_dir, device)
+            x_real, y_real = real if against == "test" else (x_train[-10_000:], y_train[-10_000:])
+    if training:
+        drawn = {"10,000 training digits": (x_train[:10_000], y_train[:10_000])} | drawn
+
+    compared = "test digits" if against == "test" else "last 10,000 training digits"
+    for letter, (_, references) in judges.items():
+        print(f"judge {letter} gets {references[against]['accuracy']:.2%} of the {compared} right; "
+              f"its floor is {references[against]['floor']:.5f}")
+    print(f"{'':40} {'judge':5} {'pictures':>8} {'distance':>9} {'x floor':>8} {'recognised':>10} "
+          f"{'coverage' if coverage else ''}  counts")
     for name, (x, y) in drawn.items():
         x, y = x.to(device), None if y is None else y.to(device)
-        distance, recognised, covered, counts = verdict(judge, real, x, y)
-        taught = math.nan
+        for letter, (network, references) in judges.items():
+            distance, times, recognised, counts = score(network, references[against], x, y)
+            covered = ""
+            if coverage:
+                covered = f"{covered_share(look(network, x_real)[0], look(network, x)[0]):8.2%}"
+            print(f"{name[-40:]:40} {letter:5} {len(x):8} {distance:9.5f} {times:8.3f} "
+                  f"{recognised:10.2%} {covered}  " + " ".join(map(str, counts)), flush=True)
         if teach and y is not None:
-            pupil = train(x, y, judge_seed, teach, name=f"on {name}")
-            taught = (look(pupil, x_test)[1] == y_test).double().mean().item()
-        print(f"{name[-40:]:40} {len(x):8} {distance:9.3f} {distance / floor:8.2f} "
-              f"{recognised:10.2%} {covered:8.2%} {taught:8.2%}  " + " ".join(map(str, counts)),
-              flush=True)
-    print(f"the floor, the mean over six sets of 10,000 training images: {floor:.3f}")
+            taught = teach_pupils(x, y, x_real, y_real, teach)
+            print(f"{name[-40:]:40} teaches {np.mean(taught):.2%}, "
+                  f"{min(taught):.2%} to {max(taught):.2%}", flush=True)

@@ -10,10 +10,12 @@ Runs of one method should differ in their seed only. Their mean is shown, with t
 cfm.py with --spans are a group of their own, one_step: only meanflow can draw from them.
 
 All samplers start from the same noise. It prints the distance to the test set as a multiple of
-the floor and the share recognised, see bench/quality.py. Fewer than 10,000 pictures have a larger
-distance, so compare only within the tables. An entry takes as many steps as its evaluations of
-the model allow. For midpoint and rk4 with cfm.py that may be none. For heun, and for every
-sampler with ddpm.py, it is at least the last step, straight to the data, which takes one.
+the floor and the share recognised, by judge A of bench/quality.py. To choose a sampler or a number
+of steps, add --against=train: the distance is then to the last 10,000 training digits. Fewer than
+10,000 pictures have a larger distance, so compare only within the tables. An entry takes as many
+steps as its evaluations of the model allow. For midpoint and rk4 with cfm.py that may be none. For
+heun, and for every sampler with ddpm.py, it is at least the last step, straight to the data, which
+takes one.
 """
 import importlib
 import math
@@ -27,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from configurator import TRAINING, Options, configure, explained, fail
 from core.machine import choose_machine
 from core.run import load_checkpoint
-from quality import floors, frechet, load_judge, look
+from quality import load_judge, score
 from sample import SAMPLERS, STRAIGHT, draw
 from unet import UNet
 
@@ -37,11 +39,12 @@ samplers = "ddim,dpm++,heun,meanflow"    # those that fit the run; "": all
 n_samples = 2000
 batch_size = 250
 seed = 0
-data_dir = "data"            # holds MNIST, and the judge once trained
+against = "test"             # the test digits; or train, the last 10,000 training digits
 picture = "assets/samplers.png"
 device = "auto"
 # -----------------------------------------------------------------------------
-LIMITS = {"n_samples": (2, math.inf), "batch_size": (1, math.inf), "seed": (0, 2**63 - 1)}
+LIMITS = {"n_samples": (2, math.inf), "batch_size": (1, math.inf), "seed": (0, 2**63 - 1),
+          "against": ["test", "train"]}
 EVALUATIONS = (1, 2, 4, 8, 16, 32, 64)
 CHOICES = [sampler for sampler in SAMPLERS if sampler != "dopri5"]     # it chooses its own steps
 STYLES = {"cfm.py": "o-", "ddpm.py": "s--", "one_step": "D:"}          # of each group of runs
@@ -153,7 +156,7 @@ def plot(results, file):
         label = "meanflow (one_step)" if name == "one_step" else name
         label += f", mean and range of {len(group)} runs" if len(group) > 1 else ""
         axis.plot([], [], STYLES[name], color="black", markersize=5, label=label)
-    axis.set(xlabel="evaluations of the model", ylabel="distance to the test set / floor",
+    axis.set(xlabel="evaluations of the model", ylabel=f"distance to the {against} digits / floor",
              xscale="log", yscale="log", xticks=EVALUATIONS, xticklabels=EVALUATIONS)
     axis.yaxis.set_major_locator(plt.LogLocator(subs=[1, 2, 5]))
     axis.yaxis.set_major_formatter("{x:g}")
@@ -179,14 +182,11 @@ if __name__ == "__main__":
         matplotlib.use("Agg")
         Path(picture).parent.mkdir(parents=True, exist_ok=True)
         Path(picture).touch()
-        judge, splits = load_judge(data_dir, device=device)
-    (x_train, _), (x_test, _) = splits
-    real, _ = look(judge, x_test)
-    floor = np.mean(floors(judge, real, x_train))
+    judge, references = load_judge(device=device)
 
     def judged(x, y):
-        features, classes = look(judge, x)
-        return frechet(features, real) / floor, (classes == y).double().mean().item()
+        _, times, recognised, _ = score(judge, references[against], x, y)
+        return times, recognised
 
     results = {}
     for run, (name, model, method, own) in loaded.items():

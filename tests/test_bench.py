@@ -31,8 +31,11 @@ def bench(program, *args, cwd):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
+PROGRAMS = ["quality", "record", "nearest", "fid", "samplers", "speed", "peers", "toy2d"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("program", ["quality", "nearest", "fid", "samplers", "speed", "peers", "toy2d"])
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_help_is_the_docstring(program, tmp_path):
     """The options follow, if the program has any of its own."""
     source = (ROOT / "bench" / f"{program}.py").read_text()
@@ -96,18 +99,19 @@ def test_frechet_distance_by_hand():
 
 def test_coverage_by_hand():
     """Real points at 0, 1, 2 ... 99. The fifth nearest is 3 away, or up to 5 near the ends."""
-    from quality import coverage
+    from quality import covered_share
 
     real = torch.arange(100.0)[:, None].double()
-    assert coverage(real, real) == 1 and coverage(real, real + 1000) == 0
-    assert coverage(real, torch.tensor([[50.0]]).double()) == 7 / 100
-    assert coverage(real, torch.tensor([[0.0]]).double()) == 4 / 100          # 0, 1, 2, 3
+    assert covered_share(real, real) == 1 and covered_share(real, real + 1000) == 0
+    assert covered_share(real, torch.tensor([[50.0]]).double()) == 7 / 100
+    assert covered_share(real, torch.tensor([[0.0]]).double()) == 4 / 100          # 0, 1, 2, 3
 
 
 @pytest.mark.slow
-def test_the_judge_learns_and_tells_good_pictures_from_bad():
+def test_a_judge_learns_and_tells_good_pictures_from_bad():
     """On flowers instead of digits, because MNIST would have to be downloaded."""
-    from quality import frechet, look, train, verdict
+    from classifiers import train
+    from quality import covered_share, frechet, look, moments, score
 
     x, y = draw_flowers(3000, 28)
     judge = train(x[:2000], y[:2000], seed=0, epochs=4, batch_size=50)
@@ -115,14 +119,161 @@ def test_the_judge_learns_and_tells_good_pictures_from_bad():
     assert (classes == y[2000:]).double().mean() > 0.8
     again = train(x[:2000], y[:2000], seed=0, epochs=4, batch_size=50)
     assert torch.equal(look(judge, x)[0], look(again, x)[0])                  # seeded
-    good = verdict(judge, real, x[:1000], y[:1000])
-    wrong_labels = verdict(judge, real, x[:1000], y[:1000].roll(1))
+    reference = dict(zip(("mean", "covariance"), moments(real)), floor=2.0)
+    good = score(judge, reference, x[:1000], y[:1000])
+    wrong_labels = score(judge, reference, x[:1000], y[:1000].roll(1))
     noisy = (x[:1000] + 80 * torch.randn(1000, 1, 28, 28)).clip(0, 255).byte()
-    bad, unlabelled = verdict(judge, real, noisy, y[:1000]), verdict(judge, real, x[:1000])
-    assert good[0] < bad[0] / 3 and good[1] > 0.8 and good[1] > bad[1] and good[2] > 0.8 and good[2] > bad[2]
-    assert wrong_labels[1] < 0.3 and wrong_labels[0] == good[0] and math.isnan(unlabelled[1])
+    bad, unlabelled = score(judge, reference, noisy, y[:1000]), score(judge, reference, x[:1000])
+    assert good[0] < bad[0] / 3 and good[2] > 0.8 and good[2] > bad[2]
+    assert wrong_labels[2] < 0.3 and wrong_labels[0] == good[0] and math.isnan(unlabelled[2])
     assert sum(good[3]) == 1000 and min(good[3]) > 50
-    assert good[0] == frechet(look(judge, x[:1000])[0], real)
+    assert good[0] == frechet(look(judge, x[:1000])[0], real) == 2 * good[1]
+    covered = [covered_share(real, look(judge, pictures)[0]) for pictures in (x[:1000], noisy)]
+    assert covered[0] > 0.8 and covered[0] > covered[1]
+
+
+@pytest.fixture
+def flowers(monkeypatch):
+    """600 training flowers and 200 test flowers in the place of MNIST."""
+    from core.pictures import Data
+
+    x, y = draw_flowers(800, 28)
+    data = Data((x[:600], y[:600]), (x[600:], y[600:]), [str(i) for i in range(10)], 0)
+    monkeypatch.setattr("core.data.load_data", lambda name, data_dir: data)
+    return x, y
+
+
+def test_another_judge_is_trained_once_and_knows_its_floors(flowers, tmp_path):
+    """Trained on five sixths; the floor of the last sixth is over those five, the other over six."""
+    from quality import frechet, load_judge, look
+
+    x, y = flowers
+    np.savez(tmp_path / "drawn.npz", x[:200].permute(0, 2, 3, 1).numpy(), y[:200].numpy())
+    command = "bench/quality", "--judge=3", "--judge_epochs=1", "--architecture=residual", "drawn.npz"
+    code, out, err = run_here(*command, cwd=tmp_path)
+    assert code == 0 and out.count("training the judge") == 1, err
+    file = tmp_path / "data" / "judge-residual-3-1.pt"
+    code, again, err = run_here(*command, cwd=tmp_path)
+    assert code == 0 and out.endswith(again) and "training" not in again, err
+    assert run_here("bench/quality", f"--judge={file}", "drawn.npz", cwd=tmp_path)[1] == again
+
+    network, references = load_judge(file)
+    assert all(w.dtype == torch.float32 for w in network.parameters())
+    assert all(torch.equal(w, w.half().float()) for w in network.parameters())
+    parts = [look(network, part)[0] for part in x[:600].split(100)]
+    test, classes = look(network, x[600:])
+    assert references["test"]["floor"] == pytest.approx(np.mean([frechet(p, test) for p in parts]))
+    assert references["train"]["floor"] == pytest.approx(
+        np.mean([frechet(p, parts[-1]) for p in parts[:-1]]))
+    assert references["test"]["accuracy"] == (classes == y[600:]).double().mean()
+    for against, real in (("test", test), ("train", parts[-1])):
+        said = run_here("bench/quality", f"--judge={file}", f"--against={against}", "drawn.npz",
+                        cwd=tmp_path)[1]
+        _, own, count, distance, times, *_ = said.splitlines()[-1].split()
+        expected = frechet(look(network, x[:200])[0], real)
+        assert (own, count) == ("own", "200")
+        assert float(distance) == pytest.approx(expected, abs=1e-4)
+        assert float(times) == pytest.approx(expected / references[against]["floor"], abs=1e-3)
+
+
+def test_what_needs_the_data_set_is_added(flowers, tmp_path):
+    """Rows for training digits, a column for coverage, a line for what the pictures teach."""
+    from classifiers import train
+    from gpu import read_quality
+    from quality import FOLDER, covered_share, load_judge, look
+
+    x, y = flowers
+    np.savez(tmp_path / "drawn.npz", x[:200].permute(0, 2, 3, 1).numpy(), y[:200].numpy())
+    options = "--training", "--coverage", "--teach=2"
+    code, out, err = run_here("bench/quality", "drawn.npz", *options, cwd=tmp_path)
+    assert code == 0, err
+    rows = [line for line in out.splitlines() if re.match(r"drawn|10,000", line)]
+    assert [re.split(r" {2,}", row)[:2] for row in rows[:2]] == [
+        ["10,000 training digits", "A"], ["10,000 training digits", "B"]]
+    for row, file in zip(rows[3:5], ("a.pt", "b.pt")):
+        network = load_judge(FOLDER / file)[0]
+        expected = covered_share(look(network, x[600:])[0], look(network, x[:200])[0])
+        assert f" {expected:.2%}  " in row
+    pupils = [train(x[:200], y[:200], seed, 2) for seed in range(3)]
+    taught = [(look(pupil, x[600:])[1] == y[600:]).double().mean().item() for pupil in pupils]
+    least, most = f"{min(taught):.2%}", f"{max(taught):.2%}"
+    assert rows[5].endswith(f"teaches {np.mean(taught):.2%}, {least} to {most}")
+    figures = read_quality(out, None, 0)
+    assert set(figures) == {f"{name}, judge {judge}: {figure}" for name in ("drawn", "10,000 training digits")
+                            for judge in "AB" for figure in ("x floor", "recognised")}
+    assert f" {figures['drawn, judge B: x floor']:.3f} " in rows[4]
+
+
+# ---- the frozen judges ----
+
+# Of tests/digits.npz: 1,000 digits drawn from assets/cfm, grey levels below 4 made black. Distance
+# to the test digits, x floor, recognised; then the first two to the last 10,000 training digits.
+SCORES = {"A": (1.193, 3.296, 98.10, 1.066, 3.052), "B": (0.08010, 3.751, 97.70, 0.07310, 2.913)}
+
+
+def scores_of_the_stored_digits(root, cwd, threads, *options):
+    """{judge: [distance, x floor, recognised]} by a fresh process, without a data set."""
+    command = [sys.executable, str(root / "bench" / "quality.py"), str(ROOT / "tests" / "digits.npz")]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run([*command, *options], cwd=cwd, env=environment, capture_output=True,
+                          text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"npz +([AB]) +1000 +([\d.]+) +([\d.]+) +([\d.]+)%", done.stdout)
+    return {judge: [float(value) for value in values] for judge, *values in rows}
+
+
+def four_digits(value):
+    return f"{value:.4g}"
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_score_depends_on_the_pictures_alone(threads, tmp_path):
+    """Whatever the threads, and without a data set: the stored scores, to four digits."""
+    test = scores_of_the_stored_digits(ROOT, tmp_path, threads)
+    train = scores_of_the_stored_digits(ROOT, tmp_path, threads, "--against=train")
+    assert not list(tmp_path.iterdir())
+    for judge, expected in SCORES.items():
+        found = test[judge] + train[judge][:2]
+        assert [*map(four_digits, found)] == [*map(four_digits, expected)], judge
+
+
+def test_a_score_does_not_depend_on_the_batches():
+    from quality import FOLDER, load_judge, look, read_pictures
+
+    x, _ = read_pictures(ROOT / "tests" / "digits.npz")
+    for file in ("a.pt", "b.pt"):
+        network, _ = load_judge(FOLDER / file)
+        features, classes = look(network, x)
+        for batch_size in (1, 37):
+            again, same = look(network, x[:100], batch_size)
+            assert torch.allclose(features[:100], again, atol=1e-5) and (same == classes[:100]).all()
+
+
+def test_a_judge_with_a_wrong_checksum_is_refused(tmp_path):
+    """In a copy of the project with one bit of a weight changed, which would load."""
+    for name in ("bench", "core", "assets/judge"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "configurator.py", tmp_path)
+    file = tmp_path / "assets" / "judge" / "b.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    command = [sys.executable, "bench/quality.py", str(ROOT / "tests" / "digits.npz")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "b.pt: its checksum is wrong" in done.stderr
+
+
+def test_the_frozen_judges_are_two_and_small():
+    from quality import FOLDER, load_judge
+
+    files = sorted(FOLDER.iterdir())
+    assert [file.name for file in files] == ["a.pt", "b.pt"]
+    assert sum(file.stat().st_size for file in files) < 2_000_000
+    a, b = (load_judge(file) for file in files)
+    assert type(a[0]) is not type(b[0])
+    for _, references in (a, b):
+        assert min(reference["accuracy"] for reference in references.values()) >= 0.995
 
 
 @pytest.mark.slow
@@ -515,6 +666,68 @@ def test_the_network_of_fid():
     assert torch.allclose(both[1], alone[0], atol=1e-4)
 
 
+# ---- record.py ----
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two runs that differ in their seed only: the included weights, with logs of their own."""
+    content = torch.load(ROOT / "assets" / "cfm" / "ckpt.pt", weights_only=True)
+    for name, seed, seconds in (("a", 1337, 150.0), ("b", 1, 180.0)):
+        (tmp_path / name).mkdir()
+        content["config"]["seed"] = seed
+        torch.save(content, tmp_path / name / "ckpt.pt")
+        rows = [f"100,0.2,1e-3,900,{seconds / 2},,,,,", f"200,0.2,1e-3,900,{seconds},,,,,"]
+        head = "iteration,loss,learning_rate,pictures_per_s,seconds,held_out"
+        (tmp_path / name / "log.csv").write_text("\n".join([head, *rows]) + "\n")
+    return tmp_path
+
+
+def record(*args, cwd):
+    code, out, err = run_here("bench/record", *args, cwd=cwd)
+    assert code == 0, err
+    return [cell.strip() for cell in out.splitlines()[-1].strip("|").split("|")]
+
+
+def test_record_prints_the_row_of_a_contender(runs):
+    from quality import FOLDER, load_judge, read_pictures, score
+
+    track, seeds, minutes, machine, evaluations, *found = record("a", "b", "--n_samples=30", cwd=runs)
+    assert (track, seeds, minutes, evaluations) == ("three minutes", "1337, 1", "2.5, 3.0", "5")
+    assert machine.endswith(f"torch {torch.__version__.split('+')[0]}")
+    x, y = read_pictures(runs / "b" / "record.npz")
+    assert len(x) == 30
+    scores = [score(*judge[:1], judge[1]["test"], x, y)
+              for judge in (load_judge(FOLDER / "a.pt"), load_judge(FOLDER / "b.pt"))]
+    expected = [f"{multiple:.2f}" for _, multiple, _, _ in scores] + [f"{share:.2%}" for *_, share, _ in scores]
+    assert [cell.split(", ")[1] for cell in found[:4]] == expected and found[4] == ""
+
+
+def test_record_names_the_track(runs):
+    small = "--n_samples=2", "--machine=an abacus"
+    assert record("a", *small, "--minutes_before=0.5", cwd=runs)[0] == "three minutes"
+    row = record("a", "b", *small, "--minutes_before=0.5", cwd=runs)
+    assert (row[0], row[2], row[3]) == ("the default", "3.0, 3.5", "an abacus")
+    assert record("a", *small, "--minutes_before=10", cwd=runs)[0] == "none"
+    assert record("a", *small, "--draw=--steps=1", cwd=runs)[0] == "one evaluation"
+
+
+def test_record_gives_what_the_digits_teach(runs, flowers):
+    row = record("a", "--n_samples=4", "--teach=1", cwd=runs)
+    assert re.fullmatch(r"[\d.]+%", row[-1])
+    assert len(np.load(runs / "a" / "record.npz")["arr_0"]) == 20
+
+
+def test_record_refuses_in_one_line(runs):
+    content = torch.load(runs / "b" / "ckpt.pt", weights_only=True)
+    content["config"]["learning_rate"] = 0.5
+    torch.save(content, runs / "b" / "ckpt.pt")
+    code, out, err = run_here("bench/record", "a", "b", cwd=runs)
+    assert code == 2 and out == "" and err.count("\n") == 1 and "b has learning_rate = 0.5" in err
+    (runs / "a" / "log.csv").write_text("iteration,loss\n100,0.2\n")
+    code, out, err = run_here("bench/record", "a", cwd=runs)
+    assert code == 2 and out == "" and err.count("\n") == 1 and "no seconds" in err
+
+
 # ---- nearest.py, with a stand-in for the judge ----
 
 
@@ -556,7 +769,8 @@ def digits(tmp_path, monkeypatch):
     drawn[::4] = train[:8]
     np.savez(tmp_path / "drawn.npz", drawn.permute(0, 2, 3, 1).numpy())
     splits = [(train, None), (test, None)]
-    monkeypatch.setattr(quality, "load_judge", lambda data_dir, device: (Halves(), splits))
+    monkeypatch.setattr(quality, "load_judge", lambda device: (Halves(), None))
+    monkeypatch.setattr(quality, "load_digits", lambda data_dir, device: splits)
     return train, test, drawn
 
 
@@ -567,6 +781,7 @@ def test_nearest_prints_quantiles_and_draws_the_plot(digits, tmp_path):
     code, out, err = run_here("bench/nearest", "drawn.npz", "--picture=new/plot.png", cwd=tmp_path)
     assert code == 0, err
     assert out.startswith("30 digits of each set: drawn.npz has no more\n| distance | of 30 | 1% |")
+    assert " | 90% | nearer to training |\n" in out
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()[3:-1]]
     sets = ["drawn.npz", "test digits", "training digits"]
     assert [row[:2] for row in rows] == [[kind, name] for kind in ("pixels", "features") for name in sets]
@@ -575,7 +790,13 @@ def test_nearest_prints_quantiles_and_draws_the_plot(digits, tmp_path):
         to_points = {"pixels": lambda x: x, "features": sums_of_halves}[kind]
         gaps = np.linalg.norm(to_points(x)[:, None] - to_points(train), axis=2).min(1)
         expected = np.quantile(gaps, [0.01, 0.1, 0.5, 0.9])
-        assert [float(value) for value in printed] == pytest.approx(expected, abs=0.006)
+        assert [float(value) for value in printed[:4]] == pytest.approx(expected, abs=0.006)
+        to_train, to_test = (np.linalg.norm(to_points(x)[:, None] - to_points(others), axis=2)
+                             for others in (train[-10:], test))
+        if name == "test digits":
+            to_test[np.arange(30), np.arange(30)] = math.inf
+        share = (to_train.min(1) < to_test.min(1)).mean()
+        assert printed[4] == f"{share:.1%}"
     assert float(rows[0][3]) == 0 < float(rows[0][4])  # a quarter are copies
     assert float(rows[2][2]) > 5  # of a training picture, from the others
     assert out.endswith("drew new/plot.png\n")

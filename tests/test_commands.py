@@ -271,8 +271,12 @@ SAMPLE_CFM = """
 BENCH = """
 bench/quality | nowhere.npz | nowhere.npz
 bench/quality | --judge_epochs=0 x.npz | not between 1
-bench/quality | --juge_seed=0 x.npz | did you mean judge_seed?
+bench/quality | --juge=0 x.npz | did you mean judge?
+bench/quality | --against=all x.npz | expected test, train
 bench/quality | text.npz | text.npz
+bench/record | cfm | cfm is not a run of MNIST with labels
+bench/record | nowhere | there is no valid checkpoint nowhere/ckpt.pt
+bench/record | --teach=4 | whose row?
 bench/nearest | nowhere.npz | nowhere.npz
 bench/nearest | text.npz | text.npz
 bench/nearest | --n=0 text.npz | not between 1
