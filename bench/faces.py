@@ -35,9 +35,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from configurator import configure, explained, fail
+from core.data import read_npz
 from core.faces import (BARE, CLASSES, COLOURS, COLUMNS, LETTERS, PAINTS, PARTS, SIZE, designs_of,
                         draw, draw_faces)
-from core.save import save_pictures
 
 # -----------------------------------------------------------------------------
 train = 45_000               # how many of the training faces the model has seen: the first ones
@@ -184,11 +184,10 @@ def judge(x, y, known):
 def read_pictures(file):
     """(x uint8 (N, 3, 16, 16), labels y (N,)) from an .npz file; calls fail() if it is unfit."""
     with explained(f"{file}: "):
-        with np.load(file) as arrays:
-            x, y = arrays["arr_0"], arrays["arr_1"]
-    if x.shape[1:] != (SIZE, SIZE, 3) or x.dtype != np.uint8 or not len(x):
-        fail(f"{file}: arr_0 must be uint8 (N, {SIZE}, {SIZE}, 3), but is {x.dtype} {x.shape}")
-    if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= len(CLASSES):
+        x, y, *_ = read_npz(file)
+    if x.shape[1:] != (SIZE, SIZE, 3) or not len(x):
+        fail(f"{file}: arr_0 must be uint8 (N, {SIZE}, {SIZE}, 3), but is {x.shape}")
+    if y.min() < 0 or y.max() >= len(CLASSES):
         fail(f"{file}: arr_1 must be a class for each picture, from 0 to {len(CLASSES) - 1}")
     return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(y).long()
 
@@ -201,9 +200,11 @@ if __name__ == "__main__":
     x, y, faces = draw_faces(50_000)
     held_out, known = (x[:5000], y[:5000]), faces[5000:5000 + train]       # as in load_faces
     if save:
+        if Path(save).suffix != ".npz":
+            fail(f"--save={save}: must end in .npz")
         x, y = x[5000:5000 + train], y[5000:5000 + train]
-        save_pictures(Path(save), x.permute(0, 2, 3, 1).numpy(), [],
-                      {"arr_1": y.numpy(), "classes": CLASSES})
+        with explained(f"--save={save}: "):
+            np.savez(save, x.permute(0, 2, 3, 1).numpy(), y.numpy(), classes=CLASSES)
     print(f"colours that may stand in one place are {DISTANCE} or more apart: "
           f"a pixel may be off by {TOLERANCE}")
     print(f"{'':32} {'faces':>7} {'legal':>8} {'asked':>8} {'new':>8} {'balance':>8}")
