@@ -5,8 +5,6 @@ A face has a design for each of its parts and a colour for each of its paints. W
 they are independent. No part hides any of another one, so bench/faces.py can read a face back.
 To add a design, add its name and its rows; to add a colour, name it where it may be used.
 """
-import math
-
 import numpy as np
 import torch
 
@@ -23,7 +21,7 @@ PAINTS = {                       # the letters of its tones, and the colours to 
     "background": (".", "mint sky rose lilac sea"),
     "skin": ("sS", "ivory,peach peach,tan tan,umber umber,cocoa"),
     "hair": ("hH", "ink,dusk wood,copper fire,sun straw,butter steel,snow pink,candy"),
-    "extra": ("xX", "red,wine blue,navy leaf,pine grape,plum"),    # of a hat, of glasses, of a bow
+    "extra": ("xX", "red,wine blue,navy leaf,pine grape,plum"),    # of hats, glasses, flowers
     "fabric": ("cC", "red,wine blue,navy leaf,pine grape,plum straw,butter"),
     "iris": ("e", "ink blue pine"),
     "ink": ("k", "ink"), "white": ("w", "white"), "gold": ("y", "gold"), "red": ("r", "red"),
@@ -60,18 +58,18 @@ head 0 1
     hat:topper     hat:beanie     hat:witch      cat:kitten     cat:tabby      cat:lynx
     ...xxxxxxxx... .....wwww..... .......xx..... .h..........h. .............. .hh........hh.
     ...xxxxxxxx... ....xwwwwx.... ......xxx..... .hh........hh. .hhh......hhh. .hphh....hhph.
-    ...xxxxxxxx... ..xxxxxxxxxx.. .....xxxxx.... .hphhhhhhhhph. .hpphhhhhhpph. .hpphhhhhhpph.
-    ...XXXXXXXX... .xxxxxxxxxxxx. ....XXXXXXX... .hhhhHHhhhhhh. .hhhhHhHhhhhh. .hhhhHHHHhhhh.
+    ...xxxxxxxx... ..xxxxxxxxxx.. ....xxxxxx.... .hphhhhhhhhph. .hpphhhhhhpph. .hpphhhhhhpph.
+    ...XXXXXXXX... .xxxxxxxxxxxx. ...XXXXXXXX... .hhhhHHhhhhhh. .hhhhHhHhhhhh. .hhhhHHHHhhhh.
     xxxxxxxxxxxxxx .XxXxXxXxXxXx. xxxxxxxxxxxxxx .hhh..hh..hhh. .hhhhhhhhhhhh. .hhh......hhh.
     .hh........hh. .hh........hh. .hh........hh. .hh........hh. hhh........hhh .hh........hh.
     .h..........h. hh..........hh hh..........hh .h..........h. hh..........hh hh..........hh
     .............. hh..........hh hh..........hh .............. .h..........h. hh..........hh
     .............. .h..........h. .h..........h. .............. .............. .h..........h.
 
-    bob            long           curls          pigtails       bow            parting
-    .............. .............. ...hhh.hhh.... .............. xx..xx........ ..............
-    ....hhhhhh.... ....hhhhhh.... .hhhhHhhhhhhh. ...hhhhhh..... xxXXxxhhh..... ...hhhhhhhh...
-    ..hhhHHHhhhh.. ..hhhhHHhhhh.. hhhHHhhhhhhhhh ..hhhhHHhhhh.. xx..xxhHHhhh.. .hhhhhhHHhhhh.
+    bob            long           curls          pigtails       flower         parting
+    .............. .............. ...hhh.hhh.... .............. .xx.xx........ ..............
+    ....hhhhhh.... ....hhhhhh.... .hhhhHhhhhhhh. ...hhhhhh..... ..xyxhhhh..... ...hhhhhhhh...
+    ..hhhHHHhhhh.. ..hhhhHHhhhh.. hhhHHhhhhhhhhh ..hhhhHHhhhh.. .xxhxxhHHhhh.. .hhhhhhHHhhhh.
     .hhhHHhhhhhhh. .hhhHHhhhhhhh. hhHhhhhhhhhhhh .hhhhHHhhhhhh. .hhhhhHHhhhhh. .hhhhhHHhhhhh.
     .hhhhhhhhhhhh. .hhhh....hhhh. hhhh.hhhh.hhhh .hhh..hh..hhh. .hhhh....hhhh. .hhhhhhhh..hh.
     hhh........hhh hhh........hhh hhh........hhh xhh........hhx .hh........hh. .hh........hh.
