@@ -21,6 +21,7 @@ from torchvision import datasets
 from torchvision.transforms.functional import center_crop, resize
 
 from configurator import explained, fail, say
+from core.faces import CLASSES, draw_faces
 from core.pictures import Data, Splitter, load_folder, split
 
 
@@ -160,9 +161,16 @@ def load_synthetic(data_dir, size):
     return Data((x[train], y[train]), (x[held_out], y[held_out]), classes, checksum=size or 28)
 
 
+def load_faces(data_dir, size):
+    """50,000 faces in pixel art, of which a tenth is held out."""
+    x, y, _ = draw_faces(50_000)
+    n = len(x) // 10
+    return original_split((x[n:], y[n:]), (x[:n], y[:n]), list(CLASSES), size)
+
+
 # Data sets by name: functions of data_dir and image_size (0: the original size) that return Data.
 LOADERS = {"mnist": load_mnist, "fashion_mnist": load_fashion_mnist, "cifar10": load_cifar10,
-           "synthetic": load_synthetic}
+           "synthetic": load_synthetic, "faces": load_faces}
 
 
 @contextlib.contextmanager

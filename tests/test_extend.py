@@ -149,5 +149,5 @@ def test_a_data_set(project):
     args = [a for a in TINY if "dataset" not in a] + ["--max_iters=20", "--out_dir=x", "--dataset=checks"]
     assert "checks: 40 pictures of (1, 8, 8), 2 classes\nclasses: white: 20, black: 20" in run(project, "cfm", *args)
     run(project, "sample", "--out_dir=x", "--labels=black,white", "--n_samples=2")
-    assert "not one of mnist, fashion_mnist, cifar10, synthetic, checks" in run(
+    assert "not one of mnist, fashion_mnist, cifar10, synthetic, faces, checks" in run(
         project, "cfm", *args[:-2], "--out_dir=y", "--dataset=chess", code=2)
