@@ -32,7 +32,7 @@ def bench(program, *args, cwd):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", ["quality", "nearest", "fid", "samplers", "speed", "peers", "toy2d"])
+@pytest.mark.parametrize("program", ["quality", "nearest", "fid", "samplers", "speed", "peers"])
 def test_help_is_the_docstring(program, tmp_path):
     """The options follow, if the program has any of its own."""
     source = (ROOT / "bench" / f"{program}.py").read_text()
@@ -42,41 +42,6 @@ def test_help_is_the_docstring(program, tmp_path):
     if program != "speed":  # which takes the scripts' options
         assert re.search(r"^\w+ = \S", done.stdout, re.M) and "\n# ---" not in done.stdout
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_toy2d(tmp_path):
-    for peer in ("scipy", "ot", "matplotlib"):
-        pytest.importorskip(peer, reason="bench/requirements.txt is not installed")
-    small = [
-        "--seeds=1",
-        "--iterations=1500",
-        "--batch_size=64",
-        "--n_test=300",
-        f"--picture={tmp_path}/toy.png",
-    ]
-    done = bench("toy2d.py", *small, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "toy.png").read_bytes()[1:4] == b"PNG"
-    rows = re.findall(r"(I-CFM|OT-CFM) +(1 step|dopri5|curvature) +([-\d.]+) ", done.stdout)
-    assert len(rows) == 12
-    for task in (rows[:6], rows[6:]):
-        found = {(pairing, name): float(value) for pairing, name, value in task}
-        for name in ("1 step", "curvature"):
-            assert found["OT-CFM", name] < 0.5 * found["I-CFM", name]
-
-
-def test_wasserstein2_by_hand():
-    ot = pytest.importorskip("ot")
-    from toy2d import gaussians, moons, wasserstein2
-
-    assert ot is not None
-    a = torch.randn(50, 2)
-    assert wasserstein2(a, a[torch.randperm(50)] + torch.tensor([3.0, 4.0])) == pytest.approx(25, rel=1e-5)
-    torch.manual_seed(0)
-    assert gaussians(50_000).norm(dim=1).mean().item() == pytest.approx(5.03, abs=0.05)
-    x = moons(50_000)  # both half circles centre on (0.5, 0.25), and smearing adds 0.1 on average
-    assert x.mean(0).tolist() == pytest.approx([3 * 0.6 - 1, 3 * 0.35 - 1], abs=0.05)
 
 
 def test_frechet_distance_by_hand():
