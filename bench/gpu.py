@@ -104,8 +104,13 @@ def read_training(log, run, start):
     return found
 
 
+def read_page(log, run, start):
+    *_, (iterations, loss) = re.findall(r"^iteration (\d+) of .* loss ([\d.]+)", log, re.M)
+    return {"iterations": int(iterations), "loss": float(loss)}
+
+
 def read_drawing(log, run, start):
-    asked, settings = re.search(r"draw: (\d+) pictures, .*: (.*), on", log).groups()
+    asked, settings = re.search(r"^(\d+) pictures, .*: (.*), on", log, re.M).groups()
     stopped = re.search(r"stopped after (\d+) of", log)
     took, evaluations = re.search(r"([\d.]+) s, (\d+) evaluations", log).groups()
     n = int(stopped[1] if stopped else asked)
@@ -143,7 +148,8 @@ def read_speed(log, run, start):
 
 def reader(name):
     kinds = {"card": read_card, "smoke": read_tests, "quality": read_quality,
-             r"speed-.*": read_speed, r".*-(digits|pairs)|cifar10-\d": read_drawing}
+             "one_step": read_page, r"speed-.*": read_speed,
+             r".*-digits|cifar10-\d": read_drawing}
     return next((read for kind, read in kinds.items() if re.fullmatch(kind, name)), read_training)
 
 
@@ -163,7 +169,7 @@ def read_stages(scratch):
             figures = reader(name)(log, scratch / "run" / name, float(start))
         except Exception:                            # a failed stage may have printed anything
             figures = {}
-        if code == "0" and reader(name) is read_training:
+        if code == "0" and reader(name) in (read_training, read_page):
             figures["seconds in all"] = int(seconds)
         last = log.strip().rpartition("\n")[2][:200]
         ended = ENDS.get(code, f"failed, exit code {code}: {last}")
@@ -200,7 +206,7 @@ def report(scratch, folder, rehearsed):
         shutil.copy(log, logs / f"{log.parent.name}.csv")
     with tarfile.open(folder / "logs.tgz", "w:gz") as tar:
         tar.add(logs, "logs")
-    for name in ("cfm", "ddpm", "one_step", "cifar10"):
+    for name in ("cfm", "ddpm", "cifar10"):
         grids = sorted((run / name).glob("sample-*.png"), key=lambda path: path.stat().st_mtime)
         if grids:
             shutil.copy(grids[-1], folder / f"{name}.png")

@@ -123,14 +123,15 @@ present() { [[ $(find "$data" -name "$1" -print -quit) ]]; }
 
 # ---- what is measured, and how small in a rehearsal ----
 
-device=cuda digits=10000 pairs=200000 cifar_pictures=5000 tiny=() tiny_peer=() speed=(--dtype=bfloat16)
+device=cuda digits=10000 cifar_pictures=5000 tiny=() tiny_pairs=() tiny_peer=() speed=(--dtype=bfloat16)
 mnist=(--dataset=mnist) cifar=(--dataset=cifar10)
 present '*t10k-images*' || mnist=()
 present 'cifar-10-*' || cifar=()
 if [[ $rehearse ]]; then
-    device=cpu digits=200 pairs=200 cifar_pictures=20 speed=()
+    device=cpu digits=200 cifar_pictures=20 speed=()
     tiny=(--channels=8 --batch_size=16 --max_iters=20 --eval_interval=10 --log_interval=5
         --sample_steps=2)
+    tiny_pairs=(--pool=100 --fresh=1 --iterations=20 --batch_size=16 --teacher_steps=2)
     tiny_peer=(--channels=32 --batch_size=2) # their group norms need a multiple of 32 channels
     [[ ${mnist[*]} ]] || mnist=(--dataset=synthetic)
     [[ ${cifar[*]} ]] || cifar=(--dataset=synthetic --image_size=32)
@@ -148,13 +149,12 @@ if [[ ${mnist[*]} ]]; then
     # 2. The default runs, and how good their digits are.
     train cfm 150 cfm "${mnist[@]}"
     train ddpm 150 ddpm "${mnist[@]}"
-    draw one_step-pairs 60 cfm $pairs --steps=6 --keep_noise --seed=1 --batch_size=1000
-    if [[ -e $scratch/run/one_step-pairs.npz ]]; then
-        train one_step 120 cfm config/one_step.py --dataset="$scratch/run/one_step-pairs.npz" \
-            --init_from="$scratch/run/cfm"
+    if [[ -e $scratch/run/cfm/ckpt.pt ]]; then
+        stage one_step 240 "$python" examples/one_step.py --init_from="$scratch/run/cfm" \
+            --out_dir="$scratch/run/one_step" --device=$device "${tiny_pairs[@]}"
         draw one_step-digits 40 one_step $digits
     else
-        skip one_step "there are no pairs"
+        skip one_step "it needs the run cfm"
     fi
     draw cfm-digits 40 cfm $digits
     draw ddpm-digits 40 ddpm $digits

@@ -4,10 +4,10 @@ How many evaluations does a good picture take? Each sampler with 1, 2, 4 ... 64 
     pip install -r requirements.txt -r bench/requirements.txt
     python bench/samplers.py                # of out/cfm and out/ddpm; draws assets/samplers.png
     python bench/samplers.py --runs=out/cfm --n_samples=500     # of one run, and faster
-    python bench/samplers.py --runs=out/cfm,out/cfm-1,out/ddpm,out/ddpm-1,out/one-step  # more seeds
+    python bench/samplers.py --runs=out/cfm,out/cfm-1,out/ddpm,out/ddpm-1,out/reflow    # more seeds
 
 Runs of one method should differ in their seed only. Their mean is shown, with the range. Runs of
-cfm.py with --spans are a group of their own, one_step: only meanflow can draw from them.
+examples/one_step.py --reflow are a group of their own.
 
 All samplers start from the same noise. It prints the distance to the test set as a multiple of
 the floor and the share recognised, by judge A of bench/quality.py. To choose a sampler or a number
@@ -17,7 +17,6 @@ steps as its evaluations of the model allow. For midpoint and rk4 with cfm.py th
 heun, and for every sampler with ddpm.py, it is at least the last step, straight to the data, which
 takes one.
 """
-import importlib
 import math
 import sys
 from pathlib import Path
@@ -26,16 +25,14 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from configurator import TRAINING, Options, configure, explained, fail
+from configurator import configure, explained, fail
 from core.machine import choose_machine
-from core.run import load_checkpoint
 from quality import load_judge, score
-from sample import SAMPLERS, STRAIGHT, draw
-from unet import UNet
+from sample import SAMPLERS, STRAIGHT, draw, load_run
 
 # -----------------------------------------------------------------------------
 runs = "out/cfm,out/ddpm"    # folders with a ckpt.pt, of MNIST
-samplers = "ddim,dpm++,heun,meanflow"    # those that fit the run; "": all
+samplers = "ddim,dpm++,heun"  # those that fit the run; "": all
 n_samples = 2000
 batch_size = 250
 seed = 0
@@ -47,7 +44,7 @@ LIMITS = {"n_samples": (2, math.inf), "batch_size": (1, math.inf), "seed": (0, 2
           "against": ["test", "train"]}
 EVALUATIONS = (1, 2, 4, 8, 16, 32, 64)
 CHOICES = [sampler for sampler in SAMPLERS if sampler != "dopri5"]     # it chooses its own steps
-STYLES = {"cfm.py": "o-", "ddpm.py": "s--", "one_step": "D:"}          # of each group of runs
+STYLES = {"cfm.py": "o-", "ddpm.py": "s--", "reflow": "D:"}            # of each group of runs
 OF_A_STEP = {"midpoint": 2, "heun": 2, "rk4": 4}     # evaluations, if not one
 
 
@@ -62,26 +59,19 @@ def steps_for(sampler, evaluations, is_ddpm):
 
 def load(run):
     """(group, model, method, its samplers) of a run; calls fail() if it cannot be judged."""
-    checkpoint = load_checkpoint(Path(run, "ckpt.pt"))
-    if checkpoint["method"] not in ("ddpm", "cfm"):
-        fail(f"{run} is from another method: {checkpoint['method']}")
+    method, _, checkpoint = load_run(run, device=device)
     is_mnist = checkpoint["picture_shape"] == (1, 28, 28)
     if not is_mnist or checkpoint["model_args"]["num_classes"] != 10:
         fail(f"{run} is not a run of MNIST with labels, which the judge needs")
-    script = importlib.import_module(checkpoint["method"])
-    config = Options(vars(script), TRAINING | script.LIMITS).restored(checkpoint["config"])
-    model = UNet(**checkpoint["model_args"]).eval().to(device, memory_format=torch.channels_last)
-    model.load_state_dict(checkpoint["ema"])
-    method = script.build(model, config, device)
-    one_step = config.get("spans", 0) > 0
-    others = [] if method.straight else STRAIGHT     # samplers that do not fit
+    if "steps" in checkpoint["limits"]:
+        fail(f"{run} draws in one step only: there is nothing to compare")
     fitting = [sampler for sampler in samplers.split(",")
-               if sampler not in others and (sampler == "meanflow") == one_step]
+               if method.straight or sampler not in STRAIGHT]
     if not fitting:
         fail(f"--samplers={samplers}: none of them fits {run}")
-    name = "one_step" if one_step else f"{checkpoint['method']}.py"
+    name = "reflow" if checkpoint["limits"] else f"{checkpoint['method']}.py"
     print(f"{run}: {name}, iteration {checkpoint['iteration']}, {', '.join(fitting)}", flush=True)
-    return name, model, method, fitting
+    return name, method.model, method, fitting
 
 
 def draw_digits(method, model, sampler, steps):
@@ -142,18 +132,18 @@ def plot(results, file):
 
     _, axis = plt.subplots(figsize=(8, 6), layout="tight", dpi=100)
     drawn = dict.fromkeys(sampler for group in results.values() for sampler in group[0])
-    colours = {sampler: f"C{i}" for i, sampler in enumerate(drawn) if sampler != "meanflow"}
+    colours = {sampler: f"C{i}" for i, sampler in enumerate(drawn)}
     for name, group in results.items():
         for sampler in group[0]:
             mean, least, most = over_runs(group, sampler)
-            x, colour = mean[:, 0], colours.get(sampler, "black")
+            x, colour = mean[:, 0], colours[sampler]
             axis.plot(x, mean[:, 1], STYLES[name], color=colour, markersize=5)
             if len(group) > 1:
                 axis.fill_between(x, least[:, 1], most[:, 1], color=colour, alpha=0.2, linewidth=0)
     for sampler, colour in colours.items():          # the legend: colours first, then styles
         axis.plot([], [], colour, linewidth=5, label=sampler)
     for name, group in results.items():
-        label = "meanflow (one_step)" if name == "one_step" else name
+        label = name
         label += f", mean and range of {len(group)} runs" if len(group) > 1 else ""
         axis.plot([], [], STYLES[name], color="black", markersize=5, label=label)
     axis.set(xlabel="evaluations of the model", ylabel=f"distance to the {against} digits / floor",

@@ -31,7 +31,7 @@ def bench(program, *args, cwd):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
-PROGRAMS = ["quality", "record", "nearest", "fid", "samplers", "speed", "peers", "toy2d"]
+PROGRAMS = ["quality", "record", "nearest", "fid", "samplers", "speed", "peers"]
 
 
 @pytest.mark.slow
@@ -45,41 +45,6 @@ def test_help_is_the_docstring(program, tmp_path):
     if program != "speed":  # which takes the scripts' options
         assert re.search(r"^\w+ = \S", done.stdout, re.M) and "\n# ---" not in done.stdout
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_toy2d(tmp_path):
-    for peer in ("scipy", "ot", "matplotlib"):
-        pytest.importorskip(peer, reason="bench/requirements.txt is not installed")
-    small = [
-        "--seeds=1",
-        "--iterations=1500",
-        "--batch_size=64",
-        "--n_test=300",
-        f"--picture={tmp_path}/toy.png",
-    ]
-    done = bench("toy2d.py", *small, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "toy.png").read_bytes()[1:4] == b"PNG"
-    rows = re.findall(r"(I-CFM|OT-CFM) +(1 step|dopri5|curvature) +([-\d.]+) ", done.stdout)
-    assert len(rows) == 12
-    for task in (rows[:6], rows[6:]):
-        found = {(pairing, name): float(value) for pairing, name, value in task}
-        for name in ("1 step", "curvature"):
-            assert found["OT-CFM", name] < 0.5 * found["I-CFM", name]
-
-
-def test_wasserstein2_by_hand():
-    ot = pytest.importorskip("ot")
-    from toy2d import gaussians, moons, wasserstein2
-
-    assert ot is not None
-    a = torch.randn(50, 2)
-    assert wasserstein2(a, a[torch.randperm(50)] + torch.tensor([3.0, 4.0])) == pytest.approx(25, rel=1e-5)
-    torch.manual_seed(0)
-    assert gaussians(50_000).norm(dim=1).mean().item() == pytest.approx(5.03, abs=0.05)
-    x = moons(50_000)  # both half circles centre on (0.5, 0.25), and smearing adds 0.1 on average
-    assert x.mean(0).tolist() == pytest.approx([3 * 0.6 - 1, 3 * 0.35 - 1], abs=0.05)
 
 
 def test_frechet_distance_by_hand():
@@ -404,7 +369,7 @@ def test_a_step_of_speed_is_one_of_the_script(name, muon, grad_clip, classes, mo
 @pytest.mark.parametrize("name", ["cfm", "ddpm"])
 def test_samplers_take_as_many_steps_as_the_evaluations_suffice_for(name):
     """Counted on tiny pictures: that many steps fit into the evaluations, and one more does not."""
-    from sample import draw
+    from sample import SAMPLERS, draw
     from samplers import EVALUATIONS, steps_for
 
     calls = []
@@ -420,7 +385,7 @@ def test_samplers_take_as_many_steps_as_the_evaluations_suffice_for(name):
 
     script = importlib.import_module(name)
     method = script.build(model, vars(script) | {"path": "icfm", "sigma": 0.0})
-    for sampler in set(script.LIMITS["sampler"]) - {"dopri5", "ancestral", "meanflow"}:
+    for sampler in set(SAMPLERS) - {"dopri5"}:
         for most in EVALUATIONS:
             steps = steps_for(sampler, most, name == "ddpm")
             assert steps == 0 or evaluations(sampler, steps) <= most
@@ -456,29 +421,38 @@ def test_samplers_counts_evaluations_for_each_batch(name, monkeypatch):
     assert used["rk4"] == ([4, 8, 16, 32, 64] if name == "cfm" else [1, 1, 1, 5, 13, 29, 61])
 
 
-@pytest.mark.parametrize("method, config, group, fitting", [
-    ("cfm", {}, "cfm.py", ["ddim", "heun"]),
-    ("cfm", {"path": "sb", "sigma": 0.5}, "cfm.py", ["heun"]),
-    ("cfm", {"spans": 0.35}, "one_step", ["meanflow"]),
-    ("ddpm", {}, "ddpm.py", ["ddim", "heun"]),
+@pytest.mark.parametrize("method, config, limits, group, fitting", [
+    ("cfm", {}, {}, "cfm.py", ["ddim", "heun"]),
+    ("cfm", {"path": "sb", "sigma": 0.5}, {}, "cfm.py", ["heun"]),
+    ("cfm", {}, {"eta": (0.0, 0.0)}, "reflow", ["ddim", "heun"]),
+    ("ddpm", {}, {}, "ddpm.py", ["ddim", "heun"]),
 ])
-def test_samplers_put_a_run_in_its_group(method, config, group, fitting, monkeypatch):
+def test_samplers_put_a_run_in_its_group(method, config, limits, group, fitting, tmp_path,
+                                         monkeypatch):
     import samplers
+    from core.checkpoint import save_checkpoint
     from unet import UNet
 
-    model_args = {"channels": 8, "num_classes": 10, "spans": config.get("spans", 0)}
-    checkpoint = {"method": method, "picture_shape": (1, 28, 28), "model_args": model_args,
-                  "config": config, "iteration": 7, "ema": UNet(**model_args).state_dict()}
-    monkeypatch.setattr(samplers, "load_checkpoint", lambda path: checkpoint)
-    monkeypatch.setattr(samplers, "samplers", "ddim,heun,meanflow")
+    model_args = {"in_channels": 1, "channels": 8, "num_classes": 10}
+    classes = [str(i) for i in range(10)]
+    content = {"method": method, "picture_shape": (1, 28, 28), "model_args": model_args,
+               "config": config, "iteration": 7, "ema": UNet(**model_args).state_dict(),
+               "data": {"classes": classes}, "losses": torch.zeros(2), "model": {},
+               "optimizer": {}, "scaler": {}}
+    save_checkpoint(tmp_path / "ckpt.pt", **content, limits=limits)
+    monkeypatch.setattr(samplers, "samplers", "ddim,heun")
     monkeypatch.setattr(samplers, "device", "cpu")
-    name, model, wrapped, found = samplers.load("run")
+    name, model, wrapped, found = samplers.load(tmp_path)
     assert (name, found) == (group, fitting)
     _, _, evaluations = samplers.draw_digits(wrapped, model, found[0], 2)
     assert evaluations == (3 if config.get("path") else 2)
-    monkeypatch.setattr(samplers, "samplers", "ddim" if method == "cfm" and config else "meanflow")
-    with pytest.raises(SystemExit):
-        samplers.load("run")
+    if config:
+        monkeypatch.setattr(samplers, "samplers", "ddim")
+        with pytest.raises(SystemExit):
+            samplers.load(tmp_path)
+    save_checkpoint(tmp_path / "ckpt.pt", **content, limits={"steps": (0, 1)})
+    with pytest.raises(SystemExit):  # there is nothing to compare
+        samplers.load(tmp_path)
 
 
 def test_samplers_show_the_mean_and_the_range_of_a_group(tmp_path, capsys):
@@ -492,14 +466,14 @@ def test_samplers_show_the_mean_and_the_range_of_a_group(tmp_path, capsys):
         return {sampler: points[sampler == "rk4" :] for sampler in samplers}
 
     results = {"cfm.py": [found("ddim", "rk4", factor=factor) for factor in (1, 2, 6)],
-               "ddpm.py": [found("ddim", factor=2)], "one_step": [found("meanflow", factor=1)]}
+               "ddpm.py": [found("ddim", factor=2)], "reflow": [found("ddim", factor=1)]}
     for name, group in results.items():
         print_table(name, group)
     printed = capsys.readouterr().out
     assert "| cfm.py, runs: 3 | 1 | 2 | 4 | 8 | 16 | 32 | 64 |\n" in printed
     assert re.search(r"`ddim` \| 195.0 \(65.0-390.0\) 90% \| .* \| 6.0 \(2.0-12.0\) 90% \|\n", printed)
     assert "| `rk4` |  | 99.0 (33.0-198.0) 90% |" in printed
-    assert "| `meanflow` | 65.0 90% | 33.0 90% |" in printed
+    assert "| `ddim` | 65.0 90% | 33.0 90% |" in printed
 
     plot(results, tmp_path / "samplers.png")
     assert (tmp_path / "samplers.png").read_bytes()[1:4] == b"PNG"
@@ -507,13 +481,13 @@ def test_samplers_show_the_mean_and_the_range_of_a_group(tmp_path, capsys):
     plt.close()
     lines = [line for line in axis.lines if len(line.get_xdata())]  # the others are the legend's
     styles = [(line.get_color(), line.get_linestyle()) for line in lines]
-    assert styles == [("C0", "-"), ("C1", "-"), ("C0", "--"), ("black", ":")]
+    assert styles == [("C0", "-"), ("C1", "-"), ("C0", "--"), ("C0", ":")]
     assert lines[0].get_ydata()[-1] == 6
     assert len(axis.collections) == 2  # bands, only for the group of three runs
     heights = axis.collections[0].get_paths()[0].vertices[:, 1]
     assert (heights.min(), heights.max()) == (2, 390)
     assert [text.get_text() for text in axis.get_legend().get_texts()] == [
-        "ddim", "rk4", "cfm.py, mean and range of 3 runs", "ddpm.py", "meanflow (one_step)"]
+        "ddim", "rk4", "cfm.py, mean and range of 3 runs", "ddpm.py", "reflow"]
 
 
 # ---- fid.py, with stand-ins for Inception ----
@@ -886,7 +860,7 @@ def test_gpu_rehearsed_and_a_stage_that_fails_does_not_stop_the_next(tmp_path):
     assert missing - optional == {"ddpm-digits", "quality"}
     done = set(stages) - missing - failed
     assert {"card", "smoke", "adamw", "adamw-patch1", "float16", "cfm", "cfm-digits", "cfm-eager",
-            "one_step-pairs", "one_step", "one_step-digits",
+            "one_step", "one_step-digits",
             "speed-default", "speed-cifar10", "cifar10", "cifar10-1", "cifar10-2"} <= done
     assert all(stages[name]["ended"] == "done" and stages[name]["figures"] for name in done)
     assert stages["float16"]["figures"]["settings"] == "cpu, float16, not compiled"
@@ -895,8 +869,7 @@ def test_gpu_rehearsed_and_a_stage_that_fails_does_not_stop_the_next(tmp_path):
     assert 0 < run["seconds to the first grid"] <= run["seconds in all"] + 1
     assert stages["cfm-digits"]["figures"]["pictures"] == 200
     assert stages["speed-cifar10"]["figures"]["ms a step"] > 0
-    grids = {"cfm.png", "cifar10.png", "cifar10-1.npz", "cifar10-2.npz"}
-    grids |= {"one_step.png", "gpu.json", "logs.tgz"}
+    grids = {"cfm.png", "cifar10.png", "cifar10-1.npz", "cifar10-2.npz", "gpu.json", "logs.tgz"}
     assert {path.name for path in folder.iterdir()} == grids
     halves = [np.load(folder / f"cifar10-{i}.npz")["arr_0"] for i in (1, 2)]
     assert halves[0].shape[1:3] == (32, 32) and (halves[0] != halves[1]).any()

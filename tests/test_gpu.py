@@ -27,8 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import core.data
 import core.machine
 import sample
-from test_smoke import ROOT, TINY, checkpoint, command, here
 from core.muon import Muon, newton_schulz, orthogonalize, orthogonalize_at_once
+from test_smoke import ROOT, TINY, checkpoint, command, here
 from unet import UNet
 
 

@@ -86,18 +86,6 @@ def commands_of(preset):
     return [(script, options.split()) for script, options in lines]
 
 
-def test_the_preset_for_one_step_runs_by_its_commands_and_draws_in_one_evaluation(tmp_path):
-    commands = commands_of("one_step")
-    assert [script for script, _ in commands] == ["cfm", "sample", "cfm", "sample"]
-    tiny = ["--channels=8", "--max_iters=4", "--batch_size=4", "--device=cpu"]
-    more = [[*tiny, "--dataset=synthetic", "--image_size=8"], ["--n_samples=40"], tiny, ["--n_samples=4"]]
-    printed = [here(script, *options, *others, cwd=tmp_path)
-               for (script, options), others in zip(commands, more)]
-    assert "starting from the weights of out/cfm, except span.0.weight" in printed[2]
-    assert "iteration 4 of 4" in printed[2] and "on out/pairs.npz: " in printed[2]
-    assert "meanflow, 1 steps" in printed[3] and "s, 1 evaluations of the model" in printed[3]
-
-
 @pytest.mark.parametrize("script", ["ddpm", "cfm"])
 def test_the_presets_for_likelihoods_run_by_their_commands(script, tmp_path):
     (first, training), (second, measuring) = commands_of(f"likelihood_{script}")
