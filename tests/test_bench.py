@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from core.data import draw_flowers
-from test_smoke import run_here
+from helpers import run_here
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "bench"))

@@ -5,7 +5,7 @@ import time
 import pytest
 
 import core.data
-from test_smoke import ROOT, TINY, here, run, run_here
+from helpers import ROOT, TINY, here, run, run_here
 
 # options | part of the message
 BOTH = """

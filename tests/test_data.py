@@ -17,7 +17,7 @@ from PIL import Image
 
 import core.data
 from core.data import load_data
-from test_smoke import TINY, here, sample
+from helpers import TINY, here, sample
 
 
 def test_synthetic_is_labelled_the_same_each_time_and_of_any_size():

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from test_smoke import sample
+from helpers import sample
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ["README.md", "docs/mathematics.md", "bench/README.md", "tests/README.md"]

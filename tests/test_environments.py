@@ -22,7 +22,7 @@ from cfm import PATHS
 from core.checkpoint import atomic_write
 from core.muon import Muon
 from ddpm import DenoiseDiffusion
-from test_smoke import ROOT, TINY, command, here, refused, run, sample
+from helpers import ROOT, TINY, command, here, refused, run, sample
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +222,7 @@ def test_a_grid_that_a_sampler_cannot_draw_does_not_end_a_run(tmp_path, monkeypa
 
     monkeypatch.setattr(module, "draw", stuck)
     args = [*TINY, "--max_iters=40", "--sampler=dopri5", "--out_dir=x"]
-    from test_smoke import run_here
+    from helpers import run_here
 
     code, out, err = run_here("cfm", *args, cwd=tmp_path)
     assert code == 0 and err.count("could not draw a grid (dopri5 cannot go on), continuing") == 2

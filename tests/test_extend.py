@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from test_smoke import ROOT, TINY
+from helpers import ROOT, TINY
 
 pytestmark = pytest.mark.slow
 

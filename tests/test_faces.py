@@ -21,7 +21,7 @@ from core.faces import (
     draw,
     draw_faces,
 )
-from test_smoke import ROOT
+from helpers import ROOT
 
 # by its path: core/faces.py has the same name
 spec = importlib.util.spec_from_file_location("bench_faces", ROOT / "bench" / "faces.py")

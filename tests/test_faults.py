@@ -26,7 +26,7 @@ from PIL import Image
 import core.data
 from core.checkpoint import atomic_write, backup_path, load_checkpoint
 from test_processes import TORCHRUN
-from test_smoke import TINY, checkpoint, command, flat, here, refused, run, run_here
+from helpers import TINY, checkpoint, command, flat, here, refused, run, run_here
 
 RESUME = ["--init_from=resume", "--out_dir=x"]
 STOPPING = "stopping when the work at hand is done; a second signal stops at once\n"

@@ -28,7 +28,7 @@ import core.data
 import core.machine
 import sample
 from core.muon import Muon, newton_schulz, orthogonalize, orthogonalize_at_once
-from test_smoke import ROOT, TINY, checkpoint, command, here
+from helpers import ROOT, TINY, checkpoint, command, here
 from unet import UNet
 
 

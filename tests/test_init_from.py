@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from test_smoke import TINY, checkpoint, here, refused
+from helpers import TINY, checkpoint, here, refused
 
 
 @pytest.mark.parametrize("script", ["ddpm", "cfm"])

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import meanflow
 from cfm import expand_like
 from meanflow import SpanUNet, draw_spans, mean_velocity_target, squared_errors
-from test_smoke import here
+from helpers import here
 from unet import UNet
 
 M, S = 0.3, 0.5  # the data: N(M, S^2); the noise: N(0, 1)

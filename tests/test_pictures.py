@@ -18,7 +18,7 @@ import core.pictures
 from core.data import load_data
 from core.pictures import Splitter, natural
 from core.save import labels_to_save
-from test_smoke import ROOT, TINY, checkpoint, here, refused, run_here, sample
+from helpers import ROOT, TINY, checkpoint, here, refused, run_here, sample
 
 T = [a for a in TINY if "dataset" not in a and "eval" not in a] + ["--max_iters=2", "--eval_interval=2"]
 

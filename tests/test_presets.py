@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from test_smoke import ROOT, checkpoint, here
+from helpers import ROOT, checkpoint, here
 
 
 @pytest.mark.slow

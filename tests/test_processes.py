@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from test_smoke import TINY, checkpoint, command, here
+from helpers import TINY, checkpoint, command, here
 
 pytestmark = pytest.mark.slow
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
