@@ -338,8 +338,8 @@ def check_request(method, classes, label_dropout):
     if eta and sampler != "ddim":
         fail(f"--eta={eta} goes with --sampler=ddim, not with {sampler}")
     if eta and not method.renewable:
-        fail(f"--eta={eta}: the noise to renew is independent of the data only for --path=icfm "
-             "and --sigma=0")
+        fail(f"--eta={eta}: the noise to renew is independent of the data only for --path=icfm or "
+             "target with --sigma=0")
     in_one_go = sampler == "dopri5" or sampler in method.textbook
     if len(guidance_interval) != 2 or guidance_interval[0] > guidance_interval[1]:
         fail(f"--guidance_interval={guidance_interval}: must be two times, such as 0.2,0.8")
