@@ -283,8 +283,8 @@ def test_ctrl_c_while_reading_is_a_line(tmp_path):
         picture(tmp_path / "p" / f"{i}.png", (i, 0, 0))
     code = ("import core.pictures as p, time, sys; decode = p.decode\n"
             "p.decode = lambda *a: (time.sleep(0.3), decode(*a))[1]\n"
-            "print('reading', flush=True)\n"
-            "from core.data import load_data; load_data('p', 'kept')")
+            "from core.data import load_data; print('reading', flush=True)\n"
+            "load_data('p', 'kept')")
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=tmp_path, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)},
