@@ -10,7 +10,8 @@ import pytest
 from helpers import sample
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ["README.md", "docs/mathematics.md", "bench/README.md", "tests/README.md"]
+DOCUMENTS = ["README.md", "docs/mathematics.md", "bench/README.md", "tests/README.md",
+             "examples/README.md"]
 LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
 
 
