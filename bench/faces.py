@@ -6,10 +6,10 @@ How good are drawn faces? Each one is read back, part by part, so the figures ar
     python bench/faces.py out/faces/faces.npz         # as many files as you like; a row for each
 
 A row gives
-    legal        the share whose every pixel is within the tolerance of a face that the designs in
-                 core/faces.py can make. The tolerance is less than half the smallest distance
-                 between two colours that may stand in one place, so that face is the only one.
-                 A distance is the largest difference in red, green or blue, of 255
+    legal        the share in which every part is one of its designs, in one of its colours: all
+                 pixels are within a tolerance of a face that core/faces.py can draw. It is less
+                 than half the smallest distance of two colours, so that face is the only one. The
+                 distance is the largest difference in red, green or blue, which go up to 255
     asked        the share that is of the class asked for: that as which most parts can be read
     new          the share of the legal faces that are not in the training set. Of held-out
                  faces it is what chance gives
@@ -45,14 +45,16 @@ save = ""                    # x.npz: write these there, as a data set
 # -----------------------------------------------------------------------------
 LIMITS = {"train": (1, 45_000)}
 CHOSEN = [name for name in COLUMNS if name in PARTS or " " in PAINTS[name][1]]
-RGB = np.array([*COLOURS.values()])                              # (colours, 3)
+RGB = np.array([*COLOURS.values()], np.int16)                    # (colours, 3)
+DISTANCE = min(abs(a - b).max() for a, b in combinations(RGB, 2))
+TOLERANCE = (DISTANCE - 1) // 2
 
 
-def colours_of_letters():
+def choices_by_colour():
     """
-    For each of LETTERS, which colour is which choice of its paint: (letters, colours + 1).
+    Which choice of its paint a letter's colour is, (letters, colours + 1), or -1 for none.
 
-    -1 is none; the last column, where a colour of -1 finds it, holds nothing else.
+    The last column is for a colour of -1, one that was not recognised.
     """
     names, tables = list(COLOURS), []
     for letters, choices in PAINTS.values():
@@ -64,36 +66,15 @@ def colours_of_letters():
     return np.stack(tables)
 
 
-def possible_colours(tables):
-    """Which colours may stand in each place: bool (16, 16, colours)."""
-    seen = np.stack([BARE, *[letters for part in PARTS.values() for letters in part.values()]])
-    possible = np.zeros((SIZE, SIZE, len(RGB)), bool)
-    for letters in seen:
-        drawn = (letters > 0) | (BARE == 0)                      # a dot shows what is beneath
-        possible |= drawn[..., None] & (tables[letters, :-1] >= 0)
-    return possible
-
-
-def smallest_distance(possible):
-    """Between two colours that may stand in one place."""
-    pairs = {pair for place in possible.reshape(-1, len(RGB))
-             for pair in combinations(np.flatnonzero(place), 2)}
-    return min(abs(RGB[a] - RGB[b]).max() for a, b in pairs)
-
-
-TABLES = colours_of_letters()
-POSSIBLE = possible_colours(TABLES)
-DISTANCE = smallest_distance(POSSIBLE)
-TOLERANCE = (DISTANCE - 1) // 2
+CHOICES = choices_by_colour()
 
 
 def read_colours(x):
-    """The colour in each place, (N, 16, 16), -1 for none within the tolerance of a possible one."""
+    """Which of COLOURS is where in pictures x, (N, 16, 16), -1 for none within the tolerance."""
     x = x.permute(0, 2, 3, 1).numpy().astype(np.int16)
     found = np.full(x.shape[:3], -1, np.int8)
-    for colour, rgb in enumerate(RGB.astype(np.int16)):
-        near = (abs(x - rgb) <= TOLERANCE).all(-1) & POSSIBLE[..., colour]
-        found[near] = colour
+    for colour, rgb in enumerate(RGB):
+        found[(abs(x - rgb) <= TOLERANCE).all(-1)] = colour
     return found
 
 
@@ -105,7 +86,7 @@ def read_part(colours, region, letters):
     """
     fits, paints = np.ones(len(colours), bool), {}
     for letter in np.unique(letters[region]):
-        chosen = TABLES[letter][colours[:, region & (letters == letter)]]     # (N, places)
+        chosen = CHOICES[letter][colours[:, region & (letters == letter)]]     # (N, places)
         fits &= (chosen >= 0).all(1) & (chosen == chosen[:, :1]).all(1)
         paint = next(p for p, (used, _) in PAINTS.items() if LETTERS[letter] in used)
         column = COLUMNS.index(paint)
@@ -205,8 +186,7 @@ if __name__ == "__main__":
         x, y = x[5000:5000 + train], y[5000:5000 + train]
         with explained(f"--save={save}: "):
             np.savez(save, x.permute(0, 2, 3, 1).numpy(), y.numpy(), classes=CLASSES)
-    print(f"colours that may stand in one place are {DISTANCE} or more apart: "
-          f"a pixel may be off by {TOLERANCE}")
+    print(f"any two colours are {DISTANCE} or more apart, so a pixel may be off by {TOLERANCE}")
     print(f"{'':32} {'faces':>7} {'legal':>8} {'asked':>8} {'new':>8} {'balance':>8}")
     found = {}
     for name, (x, y) in ({"held-out faces": held_out} | sets).items():

@@ -11,11 +11,11 @@ import torch
 SIZE = 16
 CLASSES = ["plain", "glasses", "hat", "beard", "cat"]
 COLOURS = {name: list(bytes.fromhex(code)) for name, code in (pair.split(":") for pair in """
-    ink:241a33 white:fffaf0 gold:fff654 blush:ff818c copper:bb4a32 red:ec3c3c wine:b8184b
-    mint:96e0b4 sky:82c8fa rose:ffb4c8 lilac:be9cf0 sea:3c96a0 leaf:50b450 pine:147850
-    ivory:ffdcbe peach:e3b48b tan:c88159 umber:8a593c cocoa:543432 dusk:504a7c wood:882837
-    straw:f4be30 butter:ffe587 fire:f06e28 sun:ff8958 steel:a0aabe snow:cfe3f2 pink:e15096
-    candy:ff82c8 blue:3c6ee6 navy:1e3296 grape:9646c8 plum:5a1a97
+    ink:241a33 white:fffaf0 gold:fff651 blush:ff7f8d copper:c24a30 red:f73b3c wine:c2154b
+    mint:96e0b4 sky:82c8fa rose:ffb0c7 lilac:be9cf0 sea:3c96a0 leaf:50b450 pine:147850
+    ivory:ffe4bb peach:e3b887 tan:c8805b umber:8e5a36 cocoa:592e32 dusk:514d7c wood:8e2537
+    straw:f4be30 butter:ffec85 fire:f77122 sun:ff8357 steel:a0aabc snow:c9e3f3 pink:e14b95
+    candy:ff7cc9 blue:3c6ee6 navy:1d3296 grape:9646c8 plum:5a1797
     """.split())}
 PAINTS = {                       # the letters of its tones, and the colours to choose from
     "background": (".", "mint sky rose lilac sea"),

@@ -65,7 +65,7 @@ def test_these_faces_never_change():
     """A model that was trained before draws what a model trained now would."""
     x, _, faces = draw_faces(1000)
     weights = np.arange(1, faces.shape[1] + 1)
-    assert (faces @ weights).sum() == 137_583 and int(x.long().sum()) == 119_396_798
+    assert (faces @ weights).sum() == 137_583 and int(x.long().sum()) == 119_402_245
 
 
 def test_no_part_claims_a_pixel_of_another_one():
@@ -132,16 +132,13 @@ def test_every_face_reads_back_as_its_own_parts():
     assert legal.all() and (classes == y.numpy()).all() and (read == faces).all()
 
 
-def test_colours_in_one_place_are_far_apart_and_the_tolerance_is_less_than_half_of_that():
-    """The distance by brute force, from what is seen in many faces."""
-    x = draw_faces(50_000)[0].permute(2, 3, 0, 1).reshape(256, -1, 3).numpy().astype(int)
-    distances = []
-    for place in x @ [1, 256, 65536]:
-        seen = np.unique(place)[:, None] // [1, 256, 65536] % 256
-        apart = abs(seen[:, None] - seen).max(-1)
-        distances += apart[apart > 0].tolist()
-    assert min(distances) == judge.DISTANCE >= 40
-    assert 2 * judge.TOLERANCE < judge.DISTANCE
+def test_colours_are_far_apart_and_the_tolerance_is_less_than_half_of_that():
+    """The distance by brute force, from what is seen in the data set."""
+    x = draw_faces(50_000)[0].permute(0, 2, 3, 1).reshape(-1, 3).numpy().astype(int)
+    seen = np.unique(x @ [1, 256, 65536])[:, None] // [1, 256, 65536] % 256
+    apart = abs(seen[:, None] - seen).max(-1)
+    assert len(seen) == len(COLOURS) and min(apart[apart > 0]) == judge.DISTANCE == 52
+    assert judge.TOLERANCE == 25
 
 
 def test_a_pixel_may_be_off_by_the_tolerance_and_no_more():
