@@ -2,6 +2,7 @@
 
 import ast
 import re
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,36 @@ def test_the_theory_names_what_it_is_about():
         VelocityField.loss VelocityField.sample VelocityField.velocity log_likelihood
         ConditionalFlowMatcher.compute_conditional_flow classifier_free_guidance ddim euler"""
     assert set(expected.split()) <= named
+
+
+def without_docstring(file, name):
+    """The lines of the method Class.name in a file, without docstring and indentation."""
+    of_class, name = name.split(".")
+    text = (ROOT / file).read_text()
+    (methods,) = (n.body for n in ast.parse(text).body if getattr(n, "name", "") == of_class)
+    (method,) = (n for n in methods if getattr(n, "name", "") == name)
+    lines, doc = text.splitlines(), method.body[0]
+    code = lines[method.lineno - 1 : doc.lineno - 1] + lines[doc.end_lineno : method.end_lineno]
+    return textwrap.dedent("\n".join(code))
+
+
+def test_the_front_page_shows_the_losses_and_samplers_as_they_are():
+    """All of them, as they stand in the files, but for the docstrings."""
+    readme, shown = (ROOT / "README.md").read_text(), []
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "def " in b)
+    for part in re.split(r"(?m)^# (?=\w+\.py, )", block)[1:]:
+        header, methods = part.split("\n", 1)
+        file, of_class = header.split(", ")
+        for method in re.split(r"\n\n(?=def )", methods.strip()):
+            name = f"{of_class}.{re.match('def (.*?)[(]', method)[1]}"
+            assert method.strip() == without_docstring(file, name).strip()
+            shown.append(name)
+    assert shown == [
+        "DenoiseDiffusion.q_sample", "DenoiseDiffusion.loss",
+        "DenoiseDiffusion.p_sample", "DenoiseDiffusion.sample",
+        "ConditionalFlowMatcher.compute_mu_t", "ConditionalFlowMatcher.compute_conditional_flow",
+        "VelocityField.loss", "VelocityField.sample",
+    ]
 
 
 def test_the_algorithms_quote_the_code():
