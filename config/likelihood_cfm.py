@@ -1,7 +1,7 @@
 """
 MNIST for low bits/dim. They are decided near the data, where cfm.py hardly trains by default.
     python cfm.py config/likelihood_cfm.py
-    python sample.py --out_dir=out/likelihood-cfm --task=likelihood --n_samples=1000
+    python examples/likelihood.py --out_dir=out/likelihood-cfm --n_samples=1000
 """
 out_dir = "out/likelihood-cfm"
 t_mean = 3.0             # most times are close to 1, the data,

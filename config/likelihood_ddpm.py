@@ -1,7 +1,7 @@
 """
 MNIST for low bits/dim. If log SNR is linear in t, eps's plain loss is the bound, up to constants.
     python ddpm.py config/likelihood_ddpm.py
-    python sample.py --out_dir=out/likelihood-ddpm --task=likelihood --n_samples=10000 --steps=20
+    python examples/likelihood.py --out_dir=out/likelihood-ddpm --n_samples=10000 --steps=20
 """
 out_dir = "out/likelihood-ddpm"
 schedule = "log_snr"     # Kingma et al. 2021 (arXiv 2107.00630); noise from a sixth of a grey level

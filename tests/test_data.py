@@ -201,7 +201,6 @@ def test_odd_pictures_train_and_are_drawn(script, shape, tmp_path):
     for save in ("x.npz", "folder", "x.png"):
         sample("--out_dir=x", "--n_samples=3", "--steps=2", f"--save={save}", cwd=tmp_path)
     assert np.load(tmp_path / "x.npz")["arr_0"].shape == (3, *shape[1:])
-    sample("--out_dir=x", "--task=likelihood", "--n_samples=1", cwd=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["nothing_like_it", "mnits", ""])

@@ -182,13 +182,6 @@ def test_samplers_mix_no_devices_and_wait_for_nothing(script, guidance, sampler,
     assert x.shape == noise.shape and x.device.type == "cuda" and sampler != "dopri5"
 
 
-def test_the_bound_waits_only_at_its_end(fake):
-    _, method = on_cuda(ddpm, DEFAULT, {"n_steps": 6})
-    x = torch.empty(4, 1, 28, 28, device="cuda")
-    terms = sample.bound(method, x, torch.zeros(4, dtype=torch.long, device="cuda"))
-    assert [term.shape for term in terms] == [(4,)] * 3
-
-
 # ---- launches ----
 
 def kernels(shapes):

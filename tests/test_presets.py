@@ -84,18 +84,3 @@ def commands_of(preset):
     text = (ROOT / "config" / f"{preset}.py").read_text()
     lines = re.findall(r"^    python (\w+)\.py(.*?)(?:  #.*)?$", text, re.M)
     return [(script, options.split()) for script, options in lines]
-
-
-@pytest.mark.parametrize("script", ["ddpm", "cfm"])
-def test_the_presets_for_likelihoods_run_by_their_commands(script, tmp_path):
-    (first, training), (second, measuring) = commands_of(f"likelihood_{script}")
-    assert (first, second) == (script, "sample")
-    tiny = ["--channels=8", "--max_iters=2", "--batch_size=4", "--device=cpu", "--dataset=synthetic"]
-    tiny += ["--image_size=8"] + ["--n_steps=20"] * (script == "ddpm")
-    assert "iteration 2 of 2" in here(script, *training, *tiny, cwd=tmp_path)
-    printed = here("sample", *measuring, "--n_samples=4", cwd=tmp_path)
-    assert "bits/dim (mean of 4 held-out" in printed
-    config = checkpoint(tmp_path / "out" / f"likelihood-{script}")["config"]
-    expected = {"ddpm": {"schedule": "log_snr", "prediction": "eps", "t_uniform": 1},
-                "cfm": {"t_mean": 3, "t_uniform": 0.4, "sigma": 0.0025}}
-    assert config.items() >= expected[script].items()
