@@ -202,8 +202,8 @@ if __name__ == "__main__":
     torch.backends.cudnn.allow_tf32 = False                  # its errors are larger than dopri5's
     torch.set_float32_matmul_precision("highest")
     method, config, checkpoint = load_run(out_dir, ema, device)
-    if checkpoint["limits"]:
-        fail(f"{out_dir} is drawn from in one step: it has no flow to compute a likelihood with")
+    if "steps" in checkpoint["limits"]:
+        fail(f"{out_dir} draws in one step only: it has no flow to compute a likelihood with")
     by_bound = hasattr(method, "q_sample")
     if by_bound:
         how = f"the bound, {steps or method.n_steps} of {method.n_steps} steps"

@@ -182,8 +182,6 @@ SAMPLE = """
 out/cfm | cannot read the config file
 --out_dir=nowhere | there is no valid checkpoint nowhere/ckpt.pt
 --out_dir | expected str
---task=train | expected draw, interpolate, reconstruct, likelihood
---task= | expected draw
 --n_samples=0 | not between
 --n_samples=-10 | not between 1
 --n_samples=ten | expected int
@@ -202,11 +200,10 @@ out/cfm | cannot read the config file
 --eta=0.5 --sampler=dpm++ | goes with --sampler=ddim
 --clip=maybe | expected bool
 --ema=0.999 | expected bool
---exact=maybe | expected bool
---exact | goes with --task=likelihood of cfm
---atol=0 | not between
---rtol=-1 | not between
---atol=tight | expected float
+--task=likelihood | is no longer an option: see examples/likelihood.py
+--task=reconstruct | or examples/latent.py
+--exact | is no longer an option: see examples/likelihood.py
+--atol=1e-5 | is no longer an option: see examples/likelihood.py
 --guidance=-1 | not between 0
 --guidance=x | expected float
 --guidance_interval=0.2,0.8 | goes with a --guidance
@@ -235,36 +232,17 @@ out/cfm | cannot read the config file
 --save=x.jpg | must end in .png, .gif or .npz
 --save=x.npy | must end in .png, .gif or .npz
 --save=x.gif --sampler=dopri5 | a .gif has a frame per evaluation
---save=x.gif --task=interpolate | goes with --task=draw
---save=x.gif --task=reconstruct | goes with --task=draw
---save=x.gif --task=likelihood | printed, not saved
 --save=full.gif | a new or empty folder
 --save=full | a new or empty folder
 --save | expected str
---task=likelihood --guidance=2 | uses the model without guidance
---task=likelihood --save=x.png | printed, not saved
---task=likelihood --labels=1 | the held-out pictures' own labels
---task=reconstruct --sampler=ddim | cannot be run backwards
---task=reconstruct --guidance=2 | uses the model without guidance
---task=reconstruct --labels=1 | the held-out pictures' own labels
---task=reconstruct --exact | goes with --task=likelihood
 """
 SAMPLE_DDPM = """
---task=likelihood --sampler=dpm++ | drop --sampler
---task=interpolate --sampler=ancestral | needs a sampler that adds no noise
---task=interpolate --sampler=ddim --eta=1 | needs a sampler that adds no noise
 --sampler=ancestral --steps=20 | ancestral sampling takes all 1000 steps
 --steps=1001 | the run has only 1000
 --save=x.gif --sampler=ancestral | a .gif has a frame per evaluation
 --guidance_interval=0.2,0.8 --guidance=2 --sampler=ancestral | or the textbook's sampler
---task=likelihood --steps=1 | needs at least 2
---task=likelihood --clip=false | the bound uses clipped predictions
---task=likelihood --steps=1001 | the run has only 1000
---task=likelihood --exact | goes with --task=likelihood of cfm
 """
 SAMPLE_CFM = """
---task=likelihood --sampler=dpm++ | cannot be run backwards
---task=interpolate --sampler=ddim --eta=1 | needs a sampler that adds no noise
 --sampler=ancestral | is not one of euler
 --eta=1 | goes with --sampler=ddim, not with dpm++
 """

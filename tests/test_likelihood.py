@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from exact import ONE, TWO, count_calls, exact_cfm, exact_ddpm, log_density
+from helpers import ROOT, TINY, checkpoint, here, refused, run_here
 from test_commands import folder, lines, wrong  # noqa: F401: folder is a fixture
+from test_runs import trained  # noqa: F401
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import core.data
@@ -16,7 +18,6 @@ from cfm import ConditionalFlowMatcher, VelocityField
 from core.data import load_data
 from ddpm import DenoiseDiffusion
 from sample import Draws, load_run
-from test_smoke import ROOT, TINY, checkpoint, here, refused, run_here, trained  # noqa: F401
 
 sys.path.insert(0, str(ROOT / "examples"))
 from likelihood import bits_per_dim, bound, log_likelihood, over_classes

@@ -77,10 +77,3 @@ def test_the_textbooks_presets_run_with_plain_adam_and_uniform_times(script, sam
     assert config["t_uniform"] == 1 and config["grad_clip"] == 0
     expected = {"ddpm": {"prediction": "eps", "schedule": "linear"}, "cfm": {"path": "icfm"}}
     assert config.items() >= expected[script].items()
-
-
-def commands_of(preset):
-    """[(script, [option, ...]), ...] as the preset's own text gives them."""
-    text = (ROOT / "config" / f"{preset}.py").read_text()
-    lines = re.findall(r"^    python (\w+)\.py(.*?)(?:  #.*)?$", text, re.M)
-    return [(script, options.split()) for script, options in lines]

@@ -1,4 +1,4 @@
-"""The samplers and likelihoods of sample.py, with models known in closed form: see exact.py."""
+"""The samplers of sample.py, with models known in closed form: see exact.py."""
 
 import copy
 import math
@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from exact import ONE, TWO, cdf, count_calls, exact_cfm, exact_ddpm, log_density, transported
+from exact import ONE, TWO, cdf, count_calls, exact_cfm, exact_ddpm, transported
 
 import sample
 from cfm import PATHS, ConditionalFlowMatcher, VelocityField
@@ -15,17 +15,13 @@ from core.save import save_gif
 from ddpm import DenoiseDiffusion
 from sample import (
     LOOK_AHEAD,
-    bound,
     ddim,
     dopri5,
     dpm_solver,
     draw,
-    encode,
     euler,
     flow,
     heun,
-    log_likelihood,
-    slerp,
 )
 from unet import UNet
 
@@ -315,156 +311,6 @@ def test_clipping_acts_on_the_prediction_and_the_noise_follows():
     assert torch.allclose(tau * data + (1 - tau) * noise, z)
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize(
-    "options",
-    [{"sampler": "rk4", "steps": 40}, {"sampler": "dopri5", "atol": 1e-5, "rtol": 1e-5}],
-)
-def test_to_noise_and_back(name, options):
-    method, x = METHODS[name](), torch.linspace(-1, 1, 20).reshape(5, 1, 2, 2)
-    noise = encode(method, x, **options)
-    again = draw(method, noise, clip=False, **options)
-    assert (again - x).abs().max() < 2e-3 < (noise - x).abs().max()
-
-
-@pytest.mark.parametrize("options", [{"sampler": "rk4", "steps": 30}, {"atol": 1e-6, "rtol": 1e-6}])
-def test_likelihood_of_a_gaussian_is_exact_to_three_digits(options):
-    x = torch.tensor([[0.2, 0.5, -0.3], [1.0, 0.0, 0.4], [-2.0, 1.5, 0.2]])
-    one = torch.tensor(1.0, dtype=torch.float64)
-    expected = log_density(ONE, one, 0 * one, x.double()).sum(1)
-    method = exact_cfm(ONE)
-    calls = count_calls(method)
-    found = log_likelihood(method, x, **options)
-    assert torch.allclose(found.double(), expected, rtol=5e-4) and len(calls) > 30
-
-
-def test_likelihood_of_a_mixture_and_hutchinsons_estimate():
-    """
-    In one dimension, or in independent ones, +-1 probes give the exact trace; otherwise their mean
-    does.
-    """
-    x = torch.linspace(-1, 1, 11)[:, None]
-    one = torch.tensor(1.0, dtype=torch.float64)
-    expected = log_density(TWO, one, 0 * one, x.double()).sum(1)
-    for probe in (None, torch.ones_like(x)):
-        found = log_likelihood(exact_cfm(TWO), x, sampler="rk4", steps=60, probe=probe)
-        assert torch.allclose(found.double(), expected, atol=2e-3)
-
-    torch.manual_seed(0)
-    mix = torch.randn(3, 3) / 2
-
-    def linear(t, x, y):  # its divergence is the trace of mix, for any x and t
-        return x @ mix
-
-    method = VelocityField(linear, ConditionalFlowMatcher())
-    x = torch.randn(1, 3).expand(4000, 3)
-    exact = log_likelihood(method, x[:1], sampler="rk4", steps=10)
-    probes = torch.randn(4000, 3).sign()
-    estimates = log_likelihood(method, x, sampler="rk4", steps=10, probe=probes)
-    # a probe stays the same all along, so its estimate is this
-    by_hand = (probes * (probes @ mix.T)).sum(1)
-    assert torch.allclose(estimates - exact, by_hand.neg() + mix.trace(), atol=1e-3)
-    assert (estimates.mean() - exact).abs() < 4 * estimates.std() / 4000**0.5
-
-
-@pytest.mark.parametrize("variance", ["fixedlarge", "fixedsmall"])
-@pytest.mark.parametrize("schedule, n_steps", [("linear", 1000), ("cosine", 200)])
-def test_bound_of_a_gaussian_is_exact_to_three_digits(variance, schedule, n_steps):
-    """
-    With the exact model, each gap between the means is the x0 coefficient of the posterior mean
-    times x0 - E[x0 | xt], whose variance has a closed form. L_0 is an integral over x1 for each of
-    the 256 levels.
-    """
-    m, s = 0.1, 0.2
-    method = exact_ddpm(((1.0, m, s),), n_steps, schedule=schedule, variance=variance)
-    quantiles = (torch.arange(2**14, dtype=torch.float64) + 0.5) / 2**14
-    # 16,384 evenly spaced normal quantiles: shuffled, they average well
-    normal = torch.special.ndtri(quantiles)
-    levels = (((m + s * normal) * 127.5 + 127.5).round().clamp(0, 255) / 127.5 - 1).float()
-    torch.manual_seed(0)
-    found = bound(
-        method,
-        levels[:, None],
-        randn=lambda x: normal[torch.randperm(len(x))][:, None].float(),
-    )
-    found = [v.double().mean().item() for v in found]
-
-    if schedule == "linear":
-        beta = torch.linspace(1e-4, 0.02, n_steps, dtype=torch.float64)
-    else:
-        share = (torch.arange(n_steps + 1) / n_steps + 0.008).double() / 1.008
-        f = torch.cos(share * math.pi / 2) ** 2
-        beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
-    bar = (1 - beta).cumprod(0)
-    prev = torch.cat([torch.ones(1), bar[:-1]])
-    tilde = beta * (1 - prev) / (1 - bar)
-    var = beta if variance == "fixedlarge" else tilde
-    prior = (bar[-1] * (m**2 + s**2) + (1 - bar[-1]) - 1 - (1 - bar[-1]).log()) / 2
-    rest = s**2 * (1 - bar) / (bar * s**2 + 1 - bar)  # Var(x0 | xt)
-    gap = (prev.sqrt() * beta / (1 - bar)) ** 2 * rest
-    between = ((tilde / var + gap / var - 1 + (var / tilde).log()) / 2)[1:].sum()
-
-    std = (beta[0] if variance == "fixedlarge" else tilde[1]).sqrt()
-    x0, count = levels.double().unique(return_counts=True)
-    eps = torch.linspace(-8, 8, 4001, dtype=torch.float64)
-    weight = torch.exp(-(eps**2) / 2)
-    x1 = bar[0].sqrt() * x0[:, None] + (1 - bar[0]).sqrt() * eps
-    slope = bar[0].sqrt() * s**2 / (bar[0] * s**2 + 1 - bar[0])
-    guess = (m + slope * (x1 - bar[0].sqrt() * m)).clamp(-1, 1)
-    low, high = ((x0[:, None] + side / 255 - guess) / std for side in (-1, 1))
-    probability = torch.special.ndtr(high) - torch.special.ndtr(low)
-    decoder = -(probability.clamp(min=1e-300).log() * weight).sum(1) / weight.sum()
-    decoder = (decoder * count).sum() / count.sum()
-    expected = [v.item() / math.log(2) for v in (prior, between, decoder)]
-    assert sum(found) == pytest.approx(sum(expected), rel=1e-3)
-    assert found == pytest.approx(expected, rel=3e-3, abs=1e-5)
-
-
-@pytest.mark.parametrize("steps", [2, 7, 20])
-def test_the_bound_of_few_terms_is_that_of_all_on_average(steps):
-    """Over all positions u in the strata, and without noise, the mean is the whole sum."""
-    method = exact_ddpm(((1.0, 0.1, 0.2),), 40, schedule="cosine")
-    x0 = torch.tensor([[0.0], [0.5], [-1.0]])
-    whole = bound(method, x0, randn=torch.zeros_like)
-    widths = {39 * (i + 1) // (steps - 1) - 39 * i // (steps - 1) for i in range(steps - 1)}
-    places = math.lcm(*widths)
-    u = (torch.arange(places) + 0.5) / places
-    for x, *expected in zip(x0, *whole):
-        parts = bound(method, x.expand(places, 1), randn=torch.zeros_like, steps=steps, u=u)
-        found = [part.double().mean().item() for part in parts]
-        assert found == pytest.approx([term.item() for term in expected], rel=1e-5)
-    one = bound(method, x0, randn=torch.zeros_like, steps=steps, u=torch.full((3,), 1 - 2**-24))
-    assert not torch.allclose(one[1], whole[1], rtol=0.01)
-
-
-@pytest.mark.parametrize("steps", [0, 1, 11])
-def test_the_bound_takes_no_other_number_of_steps(steps):
-    with pytest.raises(ValueError, match=f"from 2 to 10 steps, not {steps}"):
-        bound(DenoiseDiffusion(lambda t, x, y: x, n_steps=10), torch.zeros(2, 3), steps=steps)
-
-
-@pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2**-24])
-def test_the_bound_of_as_many_terms_as_steps_has_each_once(u):
-    asked = []
-    method = DenoiseDiffusion(lambda t, x, y: asked.append(t.tolist()) or x * 0, n_steps=50)
-    bound(method, torch.zeros(2, 1), steps=50, u=torch.full((2,), u))
-    assert asked == [[t, t] for t in reversed(range(50))]
-
-
-def test_the_decoder_of_the_bound_sums_to_one_and_has_no_holes():
-    """
-    Over the 256 levels the probabilities add up to 1; far from the mean they are tiny, but never 0.
-    """
-    method = DenoiseDiffusion(lambda t, x, y: x * 0, variance="fixedlarge")
-    levels = (torch.arange(256) / 127.5 - 1)[:, None]
-    for guess in (0.0, -1.0, 0.3, 1.0):
-        method.p_mean = lambda xt, *args, guess=guess, **kwargs: torch.full_like(xt, guess)
-        bits = bound(method, levels)[2].double()
-        assert torch.isfinite(bits).all()
-        assert (2**-bits).sum().item() == pytest.approx(1, abs=1e-4)
-        assert bits.max() > 1000
-
-
 def test_ddim_with_eta_1_from_one_step_to_the_next_is_the_posterior():
     """
     Its mean and variance are those of q(x_{t-1} | x_t, x_0) at the predicted x0: eq. 7 of Ho et
@@ -546,14 +392,6 @@ def test_every_path_leads_its_own_start_to_the_data(name, sigma):
         field = VelocityField(lambda t, x, y, f=factor: f * v_model(t, x), matcher)
         losses.append(field.loss(x1, noise=x0, u=u).item())
     assert losses[1] == min(losses)
-
-
-def test_slerp_keeps_noise_noise():
-    a, b = torch.randn(2, 1, 64, 64)
-    assert torch.equal(slerp(a, b, 0), a) and torch.allclose(slerp(a, b, 1), b, atol=1e-6)
-    for share in (0.25, 0.5, 0.75):
-        assert slerp(a, b, share).std().item() == pytest.approx(1, abs=0.05)
-        assert ((1 - share) * a + share * b).std().item() < 0.85
 
 
 def test_flow_reads_ddpm_at_its_own_times():
@@ -681,12 +519,6 @@ def test_sample_of_ddpm_is_a_loop_of_p_sample(clip, guidance):
     assert torch.equal(draw(method, noise, y, "ancestral", guidance=guidance, clip=clip), x)
 
 
-def test_the_likelihood_of_ddpm_is_its_bound():
-    for sampler in ("euler", "rk4", "dopri5"):
-        with pytest.raises(ValueError, match="bound"):
-            log_likelihood(exact_ddpm(ONE), torch.zeros(2, 3), sampler=sampler)
-
-
 AROUND_A_NETWORK = {
     "cfm": lambda net: VelocityField(net, ConditionalFlowMatcher()),
     "cfm vp": lambda net: VelocityField(net, PATHS["vp"](0.1), t_mean=-0.4, t_uniform=0.2),
@@ -748,15 +580,6 @@ def test_a_deep_copy_of_a_method_has_a_model_of_its_own(name):
             q.add_(0.1)
     for a, b, changed in zip(loss_and_pictures(method), before, loss_and_pictures(again)):
         assert torch.equal(a, b) and not torch.allclose(a, changed, rtol=1e-3)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_euler_too_leads_to_noise_and_back(name):
-    """The model of ddpm is called only at times that it knows."""
-    method, x = METHODS[name](), torch.linspace(-0.8, 0.8, 20).reshape(5, 1, 2, 2)
-    noise = encode(method, x, sampler="euler", steps=40)
-    again = draw(method, noise, sampler="euler", steps=40, clip=False)
-    assert torch.isfinite(noise).all() and (again - x).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("sampler", ["dopri5", "ancestral"])
