@@ -15,7 +15,8 @@ architecture and seed, and makes none: it shows what was gained with A's taste a
     recognised   the share classified as the digit that was asked for (files with labels)
     counts       how many are classified as a 0, a 1, ... a 9
 More, with MNIST in data_dir:
-    --training   rows for the first 10,000 training digits
+    --training   rows for the first 10,000 training digits, and for the first 1,000 of each class:
+                 files with as many of each class are compared with those, as MNIST has more ones
     --coverage   the share of these test digits with a drawn one nearer, in features, than their
                  fifth nearest test digit (Naeem et al. 2020, arXiv 2002.09797)
     --teach=4    the accuracy, on these test digits, of three other classifiers, trained on a file's
@@ -45,7 +46,7 @@ from core.run import save_checkpoint
 
 # -----------------------------------------------------------------------------
 against = "test"             # the test digits; or train, the last 10,000 training digits
-training = False             # also judge the first 10,000 training digits
+training = False             # also judge training digits
 coverage = False
 teach = 0                    # epochs of the classifiers that learn from the files; 0: none
 judge = ""                   # a judge's file, or the seed of one to train; "": A and B
@@ -225,7 +226,9 @@ if __name__ == "__main__":
             (x_train, y_train), real = load_digits(data_dir, device)
             x_real, y_real = real if against == "test" else (x_train[-10_000:], y_train[-10_000:])
     if training:
-        drawn = {"10,000 training digits": (x_train[:10_000], y_train[:10_000])} | drawn
+        equal = torch.cat([(y_train == digit).nonzero()[:1000, 0] for digit in range(10)])
+        drawn = {"10,000 training digits": (x_train[:10_000], y_train[:10_000]),
+                 "1,000 training digits of each class": (x_train[equal], y_train[equal])} | drawn
 
     compared = "test digits" if against == "test" else "last 10,000 training digits"
     for letter, (_, references) in judges.items():

@@ -152,21 +152,22 @@ def test_what_needs_the_data_set_is_added(flowers, tmp_path):
     options = "--training", "--coverage", "--teach=2"
     code, out, err = run_here("bench/quality", "drawn.npz", *options, cwd=tmp_path)
     assert code == 0, err
-    rows = [line for line in out.splitlines() if re.match(r"drawn|10,000", line)]
-    assert [re.split(r" {2,}", row)[:2] for row in rows[:2]] == [
-        ["10,000 training digits", "A"], ["10,000 training digits", "B"]]
-    for row, file in zip(rows[3:5], ("a.pt", "b.pt")):
+    names = ["10,000 training digits", "1,000 training digits of each class", "drawn.npz"]
+    rows = [line for line in out.splitlines() if re.match(r"drawn|1", line)]
+    assert [row[:45].split("  ")[0] for row in rows] == [name for name in names for _ in range(3)]
+    assert rows[0][45:] == rows[3][45:]             # all 600, as many of each class
+    for row, file in zip(rows[6:8], ("a.pt", "b.pt")):
         network = load_judge(FOLDER / file)[0]
         expected = covered_share(look(network, x[600:])[0], look(network, x[:200])[0])
         assert f" {expected:.2%}  " in row
     pupils = [train(x[:200], y[:200], seed, 2) for seed in range(3)]
     taught = [(look(pupil, x[600:])[1] == y[600:]).double().mean().item() for pupil in pupils]
     least, most = f"{min(taught):.2%}", f"{max(taught):.2%}"
-    assert rows[5].endswith(f"teaches {np.mean(taught):.2%}, {least} to {most}")
+    assert rows[8].endswith(f"teaches {np.mean(taught):.2%}, {least} to {most}")
     figures = read_quality(out, None, 0)
-    assert set(figures) == {f"{name}, judge {judge}: {figure}" for name in ("drawn", "10,000 training digits")
+    assert set(figures) == {f"{name.removesuffix('.npz')}, judge {judge}: {figure}" for name in names
                             for judge in "AB" for figure in ("x floor", "recognised")}
-    assert f" {figures['drawn, judge B: x floor']:.3f} " in rows[4]
+    assert f" {figures['drawn, judge B: x floor']:.3f} " in rows[7]
 
 
 # ---- the frozen judges ----
