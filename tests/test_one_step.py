@@ -10,9 +10,9 @@ import torch
 PAGE = Path(__file__).parent.parent / "examples" / "one_step.py"
 sys.path.insert(0, str(PAGE.parent))
 from cfm import ConditionalFlowMatcher, VelocityField
+from helpers import TINY, checkpoint, here, refused, sample
 from one_step import draw_pairs, pair_loss, renewed
 from sample import draw, load_run
-from test_smoke import TINY, checkpoint, here, refused, sample
 
 SMALL = ["--pool=40", "--fresh=1", "--teacher_steps=2", "--batch_size=8", "--device=cpu"]
 
