@@ -128,7 +128,7 @@ def test_what_is_no_teacher_is_refused(teacher):
         (["--init_from=taken"], "draws in one step: give the flow that it learned from"),
         (["--init_from=vp"], "--sampler=dpm++ is for straight paths"),
         (["--out_dir=out/cfm", "--overwrite"], "is also the --out_dir"),
-        (["--out_dir=taken"], "holds a run: add --overwrite, or choose another one"),
+        (["--out_dir=taken"], "taken holds a run"),
         (["--iteratoins=3"], "did you mean iterations?"),
     ]:
         args = ["--out_dir=no", *args]
