@@ -25,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from cfm import draw_times, expand_like
 from configurator import configure, explained, fail, say
-from core.checkpoint import holds_a_run, load_start, save_checkpoint
+from core.checkpoint import load_start, save_checkpoint
 from core.machine import choose_machine
 from core.muon import Muon
 from sample import draw, load_run
@@ -83,9 +83,7 @@ def pair_loss(model, x0, x1, y, t):
 
 if __name__ == "__main__":
     configure(globals(), LIMITS)
-    start = load_start(init_from, "cfm", out_dir)    # or one line on what is wrong with it
-    if holds_a_run(out_dir) and not overwrite:
-        fail(f"--out_dir={out_dir} holds a run: add --overwrite, or choose another one")
+    load_start(init_from, "cfm", out_dir, overwrite)     # says in one line what is wrong with it
     device, _, compile = choose_machine(device, compile="auto")      # on CUDA
     teacher, config, checkpoint = load_run(init_from, device=device)
     if "steps" in checkpoint["limits"]:

@@ -10,9 +10,9 @@ import torch
 PAGE = Path(__file__).parent.parent / "examples" / "one_step.py"
 sys.path.insert(0, str(PAGE.parent))
 from cfm import ConditionalFlowMatcher, VelocityField
+from helpers import TINY, checkpoint, here, refused, sample
 from one_step import draw_pairs, pair_loss, renewed
 from sample import draw, load_run
-from test_smoke import TINY, checkpoint, here, refused, sample
 
 SMALL = ["--pool=40", "--fresh=1", "--teacher_steps=2", "--batch_size=8", "--device=cpu"]
 
@@ -128,7 +128,7 @@ def test_what_is_no_teacher_is_refused(teacher):
         (["--init_from=taken"], "draws in one step: give the flow that it learned from"),
         (["--init_from=vp"], "--sampler=dpm++ is for straight paths"),
         (["--out_dir=out/cfm", "--overwrite"], "is also the --out_dir"),
-        (["--out_dir=taken"], "holds a run: add --overwrite, or choose another one"),
+        (["--out_dir=taken"], "taken holds a run"),
         (["--iteratoins=3"], "did you mean iterations?"),
     ]:
         args = ["--out_dir=no", *args]
