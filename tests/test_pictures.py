@@ -432,7 +432,7 @@ def test_labels_that_were_swapped_are_noticed(pets):
     for a, b in (("cat", "x"), ("dog", "cat"), ("x", "dog")):
         (pets / a).rename(pets / b)
     code, _, err = run_here("cfm", "--init_from=resume", "--out_dir=run", "--max_iters=9", cwd=cwd)
-    assert code == 2 and "as many pictures, but other pictures, labels" in err
+    assert code == 2 and "as many pictures, but other pictures or labels" in err
 
 
 # ---- speed, memory ----
