@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -60,6 +61,17 @@ def require_free_folder(folder, overwrite=False):
         if others:
             fail(f"{folder} holds files that a run would replace, such as {min(others)}: "
                  "choose another --out_dir")
+
+
+def require_room(folder, needed):
+    """Make a folder of data_dir; calls fail() if it is read-only, or has too few bytes free."""
+    with explained(f"--data_dir: {Path(folder).resolve()} cannot be written to: ", OSError):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        fail(f"--data_dir: {Path(folder).resolve()} has {free / 1e6:.0f} MB free, but "
+             f"{needed / 1e6:.0f} are needed: make room, or choose another --data_dir")
 
 
 def save_checkpoint(path, **content):

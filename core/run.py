@@ -14,6 +14,7 @@ from torchvision.utils import save_image
 from configurator import explained, fail, say
 from core.checkpoint import (WRITTEN, atomic_write, holds_a_run, load_checkpoint,
                              require_free_folder, save_checkpoint)
+from core.pictures import visible
 
 COLUMNS = ("iteration,loss,learning_rate,pictures_per_s,seconds,"
            "held_out,quarter1,quarter2,quarter3,quarter4")
@@ -211,8 +212,9 @@ class Run:
         if not self.processes.is_main:
             return
         png = self.folder / f"sample-{iteration}.png"
+        x = visible(pictures, 1)
         with survive(OSError, f"write {png}"), atomic_write(png) as f:
-            save_image(pictures, f, nrow=10, normalize=True, value_range=(-1, 1), format="png")
+            save_image(x, f, nrow=10, normalize=True, value_range=(-1, 1), format="png")
         say("held-out loss {:.4f}, by quarter of t {:.4f} {:.4f} {:.4f} {:.4f}; ".format(*held_out)
             + f"drew {png.name}")
 
