@@ -17,6 +17,7 @@ The same seed gives the same pictures, whatever the batch_size, up to rounding.
 """
 import importlib
 import math
+import os
 import time
 import unicodedata
 from itertools import pairwise
@@ -405,6 +406,8 @@ if __name__ == "__main__":
     from core.save import claim, labels_to_save, save_pictures, save_pngs, to_bytes
 
     configure(globals(), LIMITS)
+    if os.environ.get("RANK", "0") != "0":                   # of torchrun's processes, one draws
+        raise SystemExit(0)
     device, _, _ = choose_machine(device)
     method, config, checkpoint = load_run(out_dir, ema, device)
     classes = checkpoint["data"]["classes"]

@@ -33,7 +33,8 @@ def catch_stop_signals():
     """
     A list to which, from now on, Ctrl-C, SIGTERM and a closed terminal append their signal numbers.
 
-    The second signal of a kind ends the process. Under nohup a closed terminal does not count.
+    So does SIGUSR1, by which SLURM can warn of its time limit. The second signal of a kind ends the
+    process. Under nohup a closed terminal does not count. In a thread Python catches no signals.
     """
     def ask(number, frame):
         signal.signal(number, signal.SIG_DFL)
@@ -44,10 +45,11 @@ def catch_stop_signals():
                 os.write(2, message)
 
     requested = []
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)         # Windows has no SIGHUP
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        number = getattr(signal, name, None)         # Windows has not all of them
         if number is not None and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
-            signal.signal(number, ask)
+            with contextlib.suppress(ValueError):    # in a thread
+                signal.signal(number, ask)
     return requested
 
 
