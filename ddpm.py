@@ -369,7 +369,8 @@ decay_lr = True           # linear decay to 0 over the whole run; false: constan
 weight_decay = 0.01       # decoupled, as in AdamW
 adam_beta2 = 0.99         # decay of AdamW's second moment; 0.999 is the usual value
 grad_clip = 1.0           # clip the gradient's norm; 0: no clipping
-ema_decay = 0.999         # of the averaged weights, which are used for sampling; ramps up from 0.1
+ema_decay = 0.999         # of the averaged weights, which are used for sampling; ramps up from 0.1,
+#                           to 0.999 at iteration 8,990: until then a longer one changes nothing
 # grids
 sampler = "dpm++"         # or textbook, for sample() above, or one of SAMPLERS in sample.py
 sample_steps = 5          # steps, not evaluations: midpoint and heun take two of these, rk4 four
@@ -574,7 +575,8 @@ if __name__ == "__main__":
     model_args |= {"in_channels": picture_shape[0], "num_classes": num_classes}
     model = UNet(**model_args).to(device, memory_format=torch.channels_last)
     if start and not resuming:
-        take_weights(model, start, init_from, {name: config[name] for name in UNCHANGEABLE})
+        options = {name: config[name] for name in UNCHANGEABLE}
+        take_weights(model, start, init_from, options, data.classes)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = make_optimizer(model)
     it = 0
