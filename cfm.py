@@ -234,7 +234,8 @@ class VelocityField:
     matcher            a ConditionalFlowMatcher: the paths to train on
     t_mean, t_uniform  the distribution of training times, see draw_times(); by default uniform
 
-    x0 and x1 are (B, *dim), t is (B,) in [0, 1]. Labels y are long (B,), -1 for none, or None.
+    x0 and x1 are (B, *dim), t is (B,) in [0, 1]. Labels y are long (B,), -1 for none, or None. The
+    model is called in their dtype; times and sums stay in float32, or in float64.
     """
     textbook = ["textbook"]      # what sample.py calls sample()
     most_steps = math.inf        # that a sampler can take
@@ -253,7 +254,7 @@ class VelocityField:
         t = t.clamp(self.matcher.margin, 1 - self.matcher.margin)
         x0 = self.matcher.sample_noise_like(x1) if noise is None else noise
         t, xt, ut = self.matcher.sample_location_and_conditional_flow(x0, x1, t, y=y)
-        return (self.velocity(t, xt, y) - ut).square().mean()
+        return (self.velocity(t, xt.to(x1.dtype), y) - ut).square().mean()
 
     def velocity(self, t, x, y=None, guidance=1.0, clip=False):
         """v(t, x) at t (B,) and x (B, *dim). clip is unused: ddpm.py's velocity needs it."""
@@ -273,8 +274,8 @@ class VelocityField:
         """
         x, dt = noise, 1 / steps
         for i in range(steps):
-            t = torch.full((len(x),), i * dt, device=x.device)
-            x = x + dt * self.velocity(t, x, y, guidance)
+            t = x.new_full((len(x),), i * dt)
+            x = x + dt * self.velocity(t, x.to(noise.dtype), y, guidance)
         return x
 
     def times(self, steps, even=False):
@@ -310,6 +311,8 @@ def classifier_free_guidance(model, t, x, y, scale):
     Ho & Salimans 2022 (arXiv 2207.12598). At scale 1, or without labels, it is the plain model.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)     # in half precision errors would add up
+    if t.is_floating_point():                               # and nearby times be one
+        t = t.to(torch.promote_types(t.dtype, dtype))
     if y is None or scale == 1:
         return model(t=t, x=x, y=y).to(dtype)
     no_label = torch.full_like(y, -1)
@@ -367,7 +370,8 @@ decay_lr = True           # linear decay to 0 over the whole run; false: constan
 weight_decay = 0.01       # decoupled, as in AdamW
 adam_beta2 = 0.99         # decay of AdamW's second moment; 0.999 is the usual value
 grad_clip = 1.0           # clip the gradient's norm; 0: no clipping
-ema_decay = 0.999         # of the averaged weights, which are used for sampling; ramps up from 0.1
+ema_decay = 0.999         # of the averaged weights, which are used for sampling; ramps up from 0.1,
+#                           to 0.999 at iteration 8,990: until then a longer one changes nothing
 # grids
 sampler = "dpm++"         # or textbook, for sample() above, or one of SAMPLERS in sample.py
 sample_steps = 5          # steps, not evaluations: midpoint and heun take two of these, rk4 four
@@ -405,7 +409,8 @@ def check_options(config):
     from unet import UNet
 
     with explained():
-        UNet(**{name: config[name] for name in ARCHITECTURE})
+        architecture = {name: config[name] for name in ARCHITECTURE}
+        UNet(in_channels=1, num_classes=int(conditional), **architecture)
         method = build(lambda t, x, y: x, config)    # a stand-in for the network
         check_sampler(sampler, method)
         check_guidance(guidance, conditional, label_dropout)
@@ -571,7 +576,8 @@ if __name__ == "__main__":
     model_args |= {"in_channels": picture_shape[0], "num_classes": num_classes}
     model = UNet(**model_args).to(device, memory_format=torch.channels_last)
     if start and not resuming:
-        take_weights(model, start, init_from, {name: config[name] for name in UNCHANGEABLE})
+        options = {name: config[name] for name in UNCHANGEABLE}
+        take_weights(model, start, init_from, options, data.classes)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = make_optimizer(model)
     it = 0

@@ -82,8 +82,9 @@ class DenoiseDiffusion:
     unit_time             eps_model takes t / T, as unet.py does, rather than t
 
     Throughout, x0, xt and eps are (B, *dim), with x0 in [-1, 1]. Times t are long (B,) in [0, T):
-    t = 0 is the paper's t = 1. Labels y are long (B,), -1 for none, or None. These defaults are the
-    paper's; the script's are not. Raises ValueError for unknown options.
+    t = 0 is the paper's t = 1. Labels y are long (B,), -1 for none, or None. The model is called in
+    the dtype of the pictures or the noise; times and sums stay in float32, or in float64. These
+    defaults are the paper's; the script's are not. Raises ValueError for unknown options.
     """
     straight = True       # z = tau x0 + (1 - tau) eps is a line, so velocity() determines both ends
     renewable = True      # noise and data are independent, so a sampler may draw fresh noise
@@ -212,24 +213,25 @@ class DenoiseDiffusion:
         u = draw_times(len(x0), self.t_mean, self.t_uniform, x0.device) if u is None else u
         t = (u * self.n_steps).long().clamp(max=self.n_steps - 1)
         eps = torch.randn_like(x0) if noise is None else noise
-        output = self.output(self.q_sample(x0, t, eps), t, y)
+        output = self.output(self.q_sample(x0, t, eps).to(x0.dtype), t, y)
         target = self.target(x0, eps, *self.scales(t, x0))
         return (expand_like(self.weight[t], x0) * (output - target).square()).mean()
 
     # ---- p, from noise to data ----
 
-    def p_mean(self, xt, t, y=None, guidance=1.0, clip=False):
+    def p_mean(self, xt, t, y=None, guidance=1.0, clip=False, dtype=None):
         """Mean of p(x_{t-1} | x_t): q's posterior mean at the predicted x0, which clip clamps."""
-        x0, eps = self.predict(xt, t, *self.scales(t, xt), y, guidance)
+        x0, eps = self.predict(xt.to(dtype=dtype), t, *self.scales(t, xt), y, guidance)
         if clip:
             return self.q_posterior_mean(xt, t, x0.clamp(-1, 1))
         return self.q_posterior_mean_eps(xt, t, eps)
 
-    def p_sample(self, xt, t, y=None, guidance=1.0, clip=False, z=None):
+    def p_sample(self, xt, t, y=None, guidance=1.0, clip=False, z=None, dtype=None):
         """A draw from p(x_{t-1} | x_t): Algorithm 2, lines 3 and 4. The last step adds no noise."""
         z = torch.randn_like(xt) if z is None else z
         var = torch.where(t > 0, self.sigma2[t], 0)
-        return self.p_mean(xt, t, y, guidance, clip) + expand_like(var, xt).sqrt() * z
+        mean = self.p_mean(xt, t, y, guidance, clip, dtype)
+        return mean + expand_like(var, xt).sqrt() * z
 
     @torch.no_grad()
     def sample(self, noise, y=None, steps=None, guidance=1.0, clip=False, randn=torch.randn_like):
@@ -241,7 +243,7 @@ class DenoiseDiffusion:
         xt = noise
         for t in reversed(range(self.n_steps)):
             t = torch.full((len(xt),), t, device=xt.device)
-            xt = self.p_sample(xt, t, y, guidance, clip, randn(xt))
+            xt = self.p_sample(xt, t, y, guidance, clip, randn(xt), noise.dtype)
         return xt
 
     # ---- the same model as a flow, for the samplers of sample.py ----
@@ -253,11 +255,12 @@ class DenoiseDiffusion:
         With xt = a x0 + b eps, z (B, *dim) is xt / (a + b), and tau (B,) is a / (a + b). Between
         the tau of two steps, t is interpolated. clip keeps the predicted x0 in [-1, 1].
         """
-        i = torch.searchsorted(-self.tau, -tau).clamp(1, self.n_steps - 1)
+        i = torch.searchsorted(-self.tau.to(tau.dtype), -tau).clamp(1, self.n_steps - 1)
         t = i - (tau - self.tau[i]) / (self.tau[i - 1] - self.tau[i])
         tau = expand_like(tau, z)
         scale = torch.hypot(tau, 1 - tau)                   # 1 / (a + b), as a^2 + b^2 = 1
-        x0, eps = self.predict(z / scale, t, tau / scale, (1 - tau) / scale, y, guidance)
+        xt = (z / scale).to(z.dtype)
+        x0, eps = self.predict(xt, t, tau / scale, (1 - tau) / scale, y, guidance)
         if clip:
             x0 = x0.clamp(-1, 1)
             eps = (z - tau * x0) / (1 - tau)                # the noise that fits the clipped x0
@@ -307,6 +310,8 @@ def classifier_free_guidance(model, t, x, y, scale):
     Ho & Salimans 2022 (arXiv 2207.12598). At scale 1, or without labels, it is the plain model.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)     # in half precision errors would add up
+    if t.is_floating_point():                               # and nearby times be one
+        t = t.to(torch.promote_types(t.dtype, dtype))
     if y is None or scale == 1:
         return model(t=t, x=x, y=y).to(dtype)
     no_label = torch.full_like(y, -1)
@@ -364,7 +369,8 @@ decay_lr = True           # linear decay to 0 over the whole run; false: constan
 weight_decay = 0.01       # decoupled, as in AdamW
 adam_beta2 = 0.99         # decay of AdamW's second moment; 0.999 is the usual value
 grad_clip = 1.0           # clip the gradient's norm; 0: no clipping
-ema_decay = 0.999         # of the averaged weights, which are used for sampling; ramps up from 0.1
+ema_decay = 0.999         # of the averaged weights, which are used for sampling; ramps up from 0.1,
+#                           to 0.999 at iteration 8,990: until then a longer one changes nothing
 # grids
 sampler = "dpm++"         # or textbook, for sample() above, or one of SAMPLERS in sample.py
 sample_steps = 5          # steps, not evaluations: midpoint and heun take two of these, rk4 four
@@ -402,7 +408,8 @@ def check_options(config):
     from unet import UNet
 
     with explained():
-        UNet(**{name: config[name] for name in ARCHITECTURE})
+        architecture = {name: config[name] for name in ARCHITECTURE}
+        UNet(in_channels=1, num_classes=int(conditional), **architecture)
         method = build(lambda t, x, y: x, config)    # a stand-in for the network
         check_sampler(sampler, method)
         check_guidance(guidance, conditional, label_dropout)
@@ -568,7 +575,8 @@ if __name__ == "__main__":
     model_args |= {"in_channels": picture_shape[0], "num_classes": num_classes}
     model = UNet(**model_args).to(device, memory_format=torch.channels_last)
     if start and not resuming:
-        take_weights(model, start, init_from, {name: config[name] for name in UNCHANGEABLE})
+        options = {name: config[name] for name in UNCHANGEABLE}
+        take_weights(model, start, init_from, options, data.classes)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = make_optimizer(model)
     it = 0

@@ -17,6 +17,7 @@ The same seed gives the same pictures, whatever the batch_size, up to rounding.
 """
 import importlib
 import math
+import os
 import time
 import unicodedata
 from itertools import pairwise
@@ -221,12 +222,13 @@ def times(method, sampler, steps):
     return method.times(steps, even=sampler in LOOK_AHEAD)
 
 
-def flow(method, y=None, guidance=1.0, clip=False, interval=(0.0, 1.0), watch=None):
+def flow(method, y=None, guidance=1.0, clip=False, interval=(0.0, 1.0), watch=None, dtype=None):
     """
     The method's velocity as a function v(tau, z), tau a number or (B,), for labels y (B,) or None.
 
     Guidance acts where tau, then a number, is in the interval (Kynkaanniemi et al. 2024, arXiv
-    2404.07724). watch(tau, z), if given, is called at each evaluation.
+    2404.07724). watch(tau, z), if given, is called at each evaluation. dtype is the model's, unless
+    it is that of z.
     """
     low, high = interval
 
@@ -234,9 +236,9 @@ def flow(method, y=None, guidance=1.0, clip=False, interval=(0.0, 1.0), watch=No
         if watch:
             watch(tau, z)
         acts = (low, high) == (0, 1) or low <= tau <= high
-        dtype = torch.promote_types(z.dtype, torch.float32)
-        tau = torch.as_tensor(tau, dtype=dtype, device=z.device).expand(len(z))
-        return method.velocity(tau, z, y, guidance if acts else 1.0, clip)
+        exact = torch.promote_types(z.dtype, torch.float32)
+        tau = torch.as_tensor(tau, dtype=exact, device=z.device).expand(len(z))
+        return method.velocity(tau, z.to(dtype=dtype), y, guidance if acts else 1.0, clip)
 
     return v
 
@@ -248,7 +250,8 @@ def draw(method, noise, y=None, sampler="dpm++", steps=5, guidance=1.0, clip=Tru
     Pictures (B, *dim), in about [-1, 1], from noise (B, *dim) and labels y (B,) or None.
 
     Model evaluations per step: 2 for midpoint and heun, 4 for rk4, 6 for dopri5, 1 for the others.
-    options are the sampler's own: eta, randn, atol, rtol. ValueError if it does not fit.
+    options are the sampler's own: eta, randn, atol, rtol. ValueError if it does not fit. The model
+    is called in the noise's dtype; sums are in float32, or in float64 if the noise is.
     """
     check_sampler(sampler, method)
     if tuple(interval) != (0, 1) and (sampler in method.textbook or sampler == "dopri5"):
@@ -257,8 +260,10 @@ def draw(method, noise, y=None, sampler="dpm++", steps=5, guidance=1.0, clip=Tru
         return method.sample(noise, y, steps, guidance, clip, **options)
     if sampler in STRAIGHT:
         options["clip"] = clip
-    v, taus = flow(method, y, guidance, clip, interval, watch), times(method, sampler, steps)
-    z = noise * math.hypot(taus[0], 1 - taus[0])             # z = x_T / (a + b), as a^2 + b^2 = 1
+    v = flow(method, y, guidance, clip, interval, watch, noise.dtype)
+    taus = times(method, sampler, steps)
+    z = noise.to(torch.promote_types(noise.dtype, torch.float32))
+    z = z * math.hypot(taus[0], 1 - taus[0])                 # z = x_T / (a + b), as a^2 + b^2 = 1
     z = SAMPLERS[sampler](v, z, taus, **options)
     return euler(v, z, [taus[-1], 1.0]) if taus[-1] < 1 else z       # the rest is one step
 
@@ -401,6 +406,8 @@ if __name__ == "__main__":
     from core.save import claim, labels_to_save, save_pictures, save_pngs, to_bytes
 
     configure(globals(), LIMITS)
+    if os.environ.get("RANK", "0") != "0":                   # of torchrun's processes, one draws
+        raise SystemExit(0)
     device, _, _ = choose_machine(device)
     method, config, checkpoint = load_run(out_dir, ema, device)
     classes = checkpoint["data"]["classes"]

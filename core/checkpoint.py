@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -62,8 +63,22 @@ def require_free_folder(folder, overwrite=False):
                  "choose another --out_dir")
 
 
+def require_room(folder, needed):
+    """Make a folder of data_dir; calls fail() if it is read-only, or has too few bytes free."""
+    with explained(f"--data_dir: {Path(folder).resolve()} cannot be written to: ", OSError):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        fail(f"--data_dir: {Path(folder).resolve()} has {free / 1e6:.0f} MB free, but "
+             f"{needed / 1e6:.0f} are needed: make room, or choose another --data_dir")
+
+
 def save_checkpoint(path, **content):
     """Write tensors and plain values, whole or not at all; the older file goes to backup_path()."""
+    for name in ("model", "ema"):                    # in the order that other programs expect
+        content[name] = {key: v.contiguous() if torch.is_tensor(v) else v
+                         for key, v in content[name].items()}
     buffer = io.BytesIO()                            # on a full disk torch.save() may abort the run
     torch.save(content, buffer)
     with atomic_write(path) as f:
@@ -139,7 +154,8 @@ def resume(settings, limits, fixed, checkpoint):
 def require_same_data(checkpoint, dataset, data, model_args, changed_data):
     """Calls fail() if the data do not fit the run's model, or differ without changed_data."""
     changed = data.differences(checkpoint["data"])
-    if checkpoint["model_args"] != model_args:
+    same_classes = checkpoint["data"].get("classes", []) == data.classes   # embeddings are numbered
+    if checkpoint["model_args"] != model_args or not same_classes:
         fail(f"--dataset={dataset} does not fit the run's model ({changed or 'other options'}): "
              "give the run's own data, or start a new run in another --out_dir")
     if changed and not changed_data:
@@ -178,25 +194,38 @@ def load_start(init_from, method, out_dir, overwrite=False):
     return checkpoint
 
 
-def take_weights(model, start, folder, options):
+def take_weights(model, start, folder, options, classes):
     """
     Start from the averaged weights of the run in folder, given its checkpoint.
 
-    Layers it lacks are left alone, and listed; so are those options {name: value} that it had set
-    otherwise.
+    A class keeps the label embedding of its name. New classes, and layers that the run lacks, are
+    left alone, and listed; so are those options {name: value} that it had set otherwise.
     """
     old = {name: start["config"].get(name, value) for name, value in options.items()}
     other = [f"--{name}={old[name]}" for name in options if old[name] != options[name]]
     trained = f"; it was trained with {' '.join(other)}" if other else ""
-    own = model.state_dict()
-    for name, weight in start["ema"].items():
+    own, weights, before = model.state_dict(), dict(start["ema"]), start["data"]["classes"]
+    labels, table = (state.get("label.weight") for state in (weights, own))
+    if classes != before and labels is not None and len(labels) == 1 + len(before):
+        if table is None:
+            del weights["label.weight"]
+        elif table.shape == (1 + len(classes), *labels.shape[1:]):
+            weights["label.weight"] = table = table.clone()
+            row = {name: i for i, name in enumerate([None, *before])}    # None: without a label
+            for i, name in enumerate([None, *classes]):
+                if name in row:
+                    table[i] = labels[row[name]]
+    for name, weight in weights.items():
         if name not in own or own[name].shape != weight.shape:
             here = tuple(own[name].shape) if name in own else "not there"
             fail(f"--init_from={folder} has another architecture or other classes: "
                  f"its {name} is {tuple(weight.shape)}, here it is {here}{trained}")
-    new = model.load_state_dict(start["ema"], strict=False).missing_keys
+    new = model.load_state_dict(weights, strict=False).missing_keys
     text = f"starting from the weights of {folder}"
     if new:
         text += f", except {', '.join(new)}"
-    text += trained
-    say(text)
+    if classes != before and classes and before:
+        known = ", ".join(name for name in classes if name in before) or "none"
+        fresh = ", ".join(name for name in classes if name not in before) or "none"
+        text += f"; classes it knows: {known}; new ones: {fresh}"
+    say(text + trained)

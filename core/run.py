@@ -14,6 +14,7 @@ from torchvision.utils import save_image
 from configurator import explained, fail, say
 from core.checkpoint import (WRITTEN, atomic_write, holds_a_run, load_checkpoint,
                              require_free_folder, save_checkpoint)
+from core.pictures import visible
 
 COLUMNS = ("iteration,loss,learning_rate,pictures_per_s,seconds,"
            "held_out,quarter1,quarter2,quarter3,quarter4")
@@ -32,7 +33,8 @@ def catch_stop_signals():
     """
     A list to which, from now on, Ctrl-C, SIGTERM and a closed terminal append their signal numbers.
 
-    The second signal of a kind ends the process. Under nohup a closed terminal does not count.
+    So does SIGUSR1, by which SLURM can warn of its time limit. The second signal of a kind ends the
+    process. Under nohup a closed terminal does not count. In a thread Python catches no signals.
     """
     def ask(number, frame):
         signal.signal(number, signal.SIG_DFL)
@@ -43,10 +45,11 @@ def catch_stop_signals():
                 os.write(2, message)
 
     requested = []
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)         # Windows has no SIGHUP
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        number = getattr(signal, name, None)         # Windows has not all of them
         if number is not None and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
-            signal.signal(number, ask)
+            with contextlib.suppress(ValueError):    # in a thread
+                signal.signal(number, ask)
     return requested
 
 
@@ -211,8 +214,9 @@ class Run:
         if not self.processes.is_main:
             return
         png = self.folder / f"sample-{iteration}.png"
+        x = visible(pictures, 1)
         with survive(OSError, f"write {png}"), atomic_write(png) as f:
-            save_image(pictures, f, nrow=10, normalize=True, value_range=(-1, 1), format="png")
+            save_image(x, f, nrow=10, normalize=True, value_range=(-1, 1), format="png")
         say("held-out loss {:.4f}, by quarter of t {:.4f} {:.4f} {:.4f} {:.4f}; ".format(*held_out)
             + f"drew {png.name}")
 

@@ -9,6 +9,7 @@ from torchvision.utils import make_grid
 
 from configurator import explained, fail
 from core.checkpoint import atomic_write
+from core.pictures import visible
 from core.run import lock
 
 
@@ -43,7 +44,8 @@ def save_pictures(path, pictures, frames, arrays):
     """A .png grid or an .npz of pictures, uint8 (N, H, W, C), and arrays, or a .gif of frames."""
     with atomic_write(path) as f:
         if path.suffix == ".png":
-            grid = make_grid(torch.from_numpy(pictures).permute(0, 3, 1, 2), nrow=10)
+            x = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+            grid = make_grid(visible(x, 1), nrow=10)
             to_pil_image(grid).save(f, format="png")
         elif path.suffix == ".gif":
             save_gif(f, [torch.cat(parts) for parts in zip(*frames)])
@@ -53,14 +55,14 @@ def save_pictures(path, pictures, frames, arrays):
 
 def save_pngs(folder, pictures, first):
     """One PNG for each of the pictures, uint8 (B, H, W, C), numbered from first."""
-    for n, picture in enumerate(pictures, first):
-        to_pil_image(picture).save(folder / f"{n:06d}.png")
+    for n, picture in enumerate(torch.from_numpy(pictures).permute(0, 3, 1, 2), first):
+        to_pil_image(visible(picture)).save(folder / f"{n:06d}.png")
 
 
 def save_gif(file, frames):
     """An animation of frames (N, C, H, W) in [-1, 1]: three seconds, then two of the last frame."""
     frames = frames[:-1:math.ceil(len(frames) / 150)] + frames[-1:]     # browsers need 20 ms each
-    grids = [make_grid(x, nrow=10, normalize=True, value_range=(-1, 1)) for x in frames]
+    grids = [make_grid(visible(x, 1), nrow=10, normalize=True, value_range=(-1, 1)) for x in frames]
     colours = 16 if frames[0].shape[1] == 1 else 128                    # few, for a small file
     pictures = [to_pil_image(grid).quantize(colours) for grid in grids]
     pause = 3000 / len(pictures)                                        # in milliseconds

@@ -36,7 +36,6 @@ def test_weights_that_do_not_fit_are_refused(script, other, tmp_path):
     here(script, *TINY, "--max_iters=1", "--out_dir=first", cwd=tmp_path)
     for args, message in [
         (["--channels=16"], "its time.0.weight is (32, 8), here it is (64, 16)"),
-        (["--conditional=false"], "its label.weight is (11, 32), here it is not there"),
         (["--init_from=nowhere"], "--init_from=nowhere is neither scratch nor resume, nor the folder"),
         (["--overwrite", "--out_dir=./first"], "is also the --out_dir: choose another"),
     ]:
