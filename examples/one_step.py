@@ -36,9 +36,9 @@ out_dir = "out/one-step"
 overwrite = False         # replace the run in out_dir
 reflow = False            # learn all times, for two steps or more
 teacher_steps = 6         # of dpm++ for each pair
-pool = 20_000             # pairs in memory
-fresh = 18                # pairs an iteration that replace the oldest
-iterations = 12_000
+pool = 10_000             # pairs in memory
+fresh = 12                # pairs an iteration that replace the oldest
+iterations = 8_000
 batch_size = 64
 learning_rate = 6e-3      # peak; it falls to 0
 seed = 1337
@@ -106,7 +106,9 @@ if __name__ == "__main__":
         if it % 50 == 0:                             # new pairs, in place of the oldest
             pairs = renewed(pairs, draw_pairs(teacher, min(pool, 50 * fresh), *about))
         i = torch.randint(pool, (batch_size,), device=device)
-        t = draw_times(batch_size, -0.4, 0.0, device) if reflow else torch.zeros_like(i).float()
+        t = torch.zeros(batch_size, device=device)
+        if reflow:                                   # half stay 0, where all sampling begins
+            t[::2] = draw_times(len(t[::2]), -0.4, 0.0, device)
         loss = pair_loss(net, *(part[i] for part in pairs), t)
         loss.backward()
         for group in optimizer.param_groups:
@@ -117,7 +119,7 @@ if __name__ == "__main__":
         with torch.no_grad():                        # a decay of 0.999, less at first
             share = max(0.001, 9 / (it + 10))
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), share)
-        if (it + 1) % 100 == 0:
+        if (it + 1) % 100 == 0 or it + 1 == iterations:
             say(f"iteration {it + 1} of {iterations}: loss {loss:.4f}")
         if (it + 1) % 1000 == 0 or it + 1 == iterations:
             save_checkpoint(Path(out_dir, "ckpt.pt"), **checkpoint | {
