@@ -451,19 +451,6 @@ def make_optimizer(model):
     return torch.optim.AdamW(model.parameters(), betas=(0.9, adam_beta2), fused=True)
 
 
-def wrap(model, world_size):
-    """
-    The model as it is trained: compiled, and sharing its gradients with the other processes.
-
-    "reduce-overhead" is CUDA graphs, which launch all kernels of a pass at once. The next pass
-    reuses their memory, so gradients cannot accumulate over several.
-    """
-    if compile:
-        one_pass = world_size == gradient_accumulation_steps == 1
-        model = torch.compile(model, mode="reduce-overhead" if one_pass else None)
-    return torch.nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
-
-
 def update_weights(model, optimizer, scaler, lr):
     """An optimizer step at rate lr, with the gradients that backward() left in the model."""
     for group in optimizer.param_groups:
@@ -488,23 +475,6 @@ def update_average(ema, model, it):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     for mean, latest in zip(ema.buffers(), model.buffers()):
         mean.copy_(latest)
-
-
-def evaluation_batches(pictures, labels, num_classes):
-    """
-    The batches that all evaluations and grids of a run share, so that they are comparable.
-
-    (x, y, noise, offsets) for evaluate() holds the first 256 held-out pictures. (noise, y) for
-    sample_grid() makes ten rows of ten, one class a row.
-    """
-    device, generator = labels.device, torch.Generator().manual_seed(0)
-    x, y = pictures[:256].float() / 127.5 - 1, labels[:256]
-    noise = torch.randn(x.shape, generator=generator).to(device)
-    offsets = torch.rand(len(x), generator=generator).to(device)
-    grid_noise = torch.randn(100, *x.shape[1:], generator=generator).to(device)
-    row = torch.arange(100, device=device) // 10
-    grid_labels = row % num_classes if num_classes else torch.full_like(row, -1)
-    return (x, y, noise, offsets), (grid_noise, grid_labels)
 
 
 @torch.no_grad()
@@ -535,8 +505,8 @@ def sample_grid(method, noise, y):
 if __name__ == "__main__":
     from configurator import configure, explained, say
     from core.checkpoint import load_start, require_same_data, restore, resume, take_weights
-    from core.data import load_data
-    from core.machine import choose_machine, describe_machine, describe_model, init_distributed
+    from core.data import evaluation_batches, load_data
+    from core.machine import choose_machine, describe, init_distributed, wrap
     from core.run import Run, survive
     from sample import check_guidance
     from unet import UNet
@@ -576,8 +546,7 @@ if __name__ == "__main__":
     model_args |= {"in_channels": picture_shape[0], "num_classes": num_classes}
     model = UNet(**model_args).to(device, memory_format=torch.channels_last)
     if start and not resuming:
-        options = {name: config[name] for name in UNCHANGEABLE}
-        take_weights(model, start, init_from, options, data.classes)
+        take_weights(model, start, init_from, config, UNCHANGEABLE, data.classes)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = make_optimizer(model)
     it = 0
@@ -588,7 +557,7 @@ if __name__ == "__main__":
         it = start["iteration"]
         losses += start["losses"].to(device)
 
-    wrapped = wrap(model, world_size)
+    wrapped = wrap(model, compile, gradient_accumulation_steps, world_size)
     method, ema_method = build(wrapped, config, device), build(ema, config, device)
 
     # The run, and what it is about to do.
@@ -596,9 +565,7 @@ if __name__ == "__main__":
     run = Run(out_dir, processes, max_iters, pictures_per_iter,
               start if resuming else None, overwrite)
     say(f"{METHOD} on {dataset}: {data.describe()}")
-    x, y, _, t = (v[:1] for v in held_out_batch)
-    say(describe_model(ema, t=t, x=x, y=y))
-    say(describe_machine(device, dtype, compile, world_size))
+    say(describe(ema, held_out_batch, device, dtype, compile, world_size))
     run.announce(minutes)
 
     while it < max_iters and not run.stopping:

@@ -194,15 +194,15 @@ def load_start(init_from, method, out_dir, overwrite=False):
     return checkpoint
 
 
-def take_weights(model, start, folder, options, classes):
+def take_weights(model, start, folder, config, names, classes):
     """
     Start from the averaged weights of the run in folder, given its checkpoint.
 
     A class keeps the label embedding of its name. New classes, and layers that the run lacks, are
-    left alone, and listed; so are those options {name: value} that it had set otherwise.
+    left alone, and listed; so are the options of these names that are otherwise in config.
     """
-    old = {name: start["config"].get(name, value) for name, value in options.items()}
-    other = [f"--{name}={old[name]}" for name in options if old[name] != options[name]]
+    old = {name: start["config"].get(name, config[name]) for name in names}
+    other = [f"--{name}={old[name]}" for name in names if old[name] != config[name]]
     trained = f"; it was trained with {' '.join(other)}" if other else ""
     own, weights, before = model.state_dict(), dict(start["ema"]), start["data"]["classes"]
     labels, table = (state.get("label.weight") for state in (weights, own))

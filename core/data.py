@@ -83,6 +83,23 @@ def load_held_out(config, checkpoint, n=None, dataset="", data_dir=""):
     return x[:n], y[:n]
 
 
+def evaluation_batches(pictures, labels, num_classes):
+    """
+    The batches that all evaluations and grids of a run share, so that they are comparable.
+
+    (x, y, noise, offsets) for evaluate() holds the first 256 held-out pictures. (noise, y) for
+    sample_grid() makes ten rows of ten, one class a row.
+    """
+    device, generator = labels.device, torch.Generator().manual_seed(0)
+    x, y = pictures[:256].float() / 127.5 - 1, labels[:256]
+    noise = torch.randn(x.shape, generator=generator).to(device)
+    offsets = torch.rand(len(x), generator=generator).to(device)
+    grid_noise = torch.randn(100, *x.shape[1:], generator=generator).to(device)
+    row = torch.arange(100, device=device) // 10
+    grid_labels = row % num_classes if num_classes else torch.full_like(row, -1)
+    return (x, y, noise, offsets), (grid_noise, grid_labels)
+
+
 # ---- named data sets ----
 
 OR_SYNTHETIC = ", or use --dataset=synthetic, which downloads nothing"     # advice for a new run

@@ -147,6 +147,19 @@ def init_distributed(device):
     return Processes(rank, world_size, dist.new_group(backend="gloo", timeout=timedelta(days=7)))
 
 
+def wrap(model, compile, accumulation_steps, world_size):
+    """
+    The model as it is trained: compiled, and sharing its gradients with the other processes.
+
+    "reduce-overhead" is CUDA graphs, which launch all kernels of a pass at once. The next pass
+    reuses their memory, so gradients cannot accumulate over several.
+    """
+    if compile:
+        one_pass = world_size == accumulation_steps == 1
+        model = torch.compile(model, mode="reduce-overhead" if one_pass else None)
+    return torch.nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
+
+
 @torch.no_grad()
 def count_flops(model, **inputs):
     """Floating-point operations of model(**inputs), two per multiply-add; None if unknown."""
@@ -158,14 +171,12 @@ def count_flops(model, **inputs):
     return counter.get_total_flops() or None
 
 
-def describe_model(model, **inputs):
-    """A line about its size; inputs are those of one picture."""
-    line = f"{sum(p.numel() for p in model.parameters()):,} parameters"
-    flops = count_flops(model, **inputs)
-    return f"{line}, {flops / 1e6:.1f} MFLOP a picture in a forward pass" if flops else line
-
-
-def describe_machine(device, dtype, compile, world_size):
-    """A line about what a run computes on, and how."""
+def describe(model, batch, device, dtype, compile, world_size):
+    """Lines about the model's size and what it runs on; batch is (x, y, noise, t), any size."""
+    x, y, _, t = (v[:1] for v in batch)
+    flops = count_flops(model, t=t, x=x, y=y)
+    size = f"{sum(p.numel() for p in model.parameters()):,} parameters"
+    size += f", {flops / 1e6:.1f} MFLOP a picture in a forward pass" if flops else ""
     compiled = "compiled" if compile else "not compiled"
-    return f"{device}, {dtype}, {compiled}, {world_size} process{'es' if world_size > 1 else ''}"
+    processes = f"{world_size} process{'es' if world_size > 1 else ''}"
+    return f"{size}\n{device}, {dtype}, {compiled}, {processes}"
