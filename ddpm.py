@@ -310,7 +310,7 @@ def classifier_free_guidance(model, t, x, y, scale):
     Ho & Salimans 2022 (arXiv 2207.12598). At scale 1, or without labels, it is the plain model.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)     # in half precision errors would add up
-    if t.is_floating_point():                               # and nearby times be one
+    if t.is_floating_point():                               # nearby times must stay apart
         t = t.to(torch.promote_types(t.dtype, dtype))
     if y is None or scale == 1:
         return model(t=t, x=x, y=y).to(dtype)
@@ -341,7 +341,7 @@ init_from = "scratch"     # or "resume": continue the run in out_dir with its op
 #                           run's folder: start from its averaged weights
 overwrite = False         # replace the run in out_dir
 # data
-dataset = "mnist"         # or fashion_mnist, cifar10, synthetic, a folder of pictures, an .npz file
+dataset = "mnist"         # or fashion_mnist, cifar10, faces, synthetic, a folder, an .npz file
 data_dir = "data"         # for downloads, and for the cache of picture folders
 image_size = 0            # centre-crop and resize pictures to this size; 0: leave them as they are
 background = "white"      # for transparent pictures: a colour's name, or #rrggbb
