@@ -18,7 +18,7 @@ A row gives
                  faces. The row has the largest; a second table has them all, and beside each the
                  share of all faces in which that part could be read. It expects as many faces of
                  one class as of another
-With more than a million faces to draw, almost any is new. To see whether a model copies, train it
+With more than a billion faces to draw, almost any is new. To see whether a model copies, train it
 on a few:
     python bench/faces.py --train=1000 --save=out/few.npz      # the first 1,000 training faces
     python cfm.py config/faces.py --dataset=out/few.npz --out_dir=out/few
@@ -135,7 +135,6 @@ def read(x):
     faces = readings[classes, np.arange(len(x))]
     same = (draw(faces).int() - x.int()).abs().amax((1, 2, 3)).numpy() <= TOLERANCE
     return faces, classes, same & (counts.max(0) == len(PARTS) + 1)
-
 
 
 def frequencies(numbers):
