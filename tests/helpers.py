@@ -35,7 +35,8 @@ def run(script, *args, cwd, ok=True):
 def run_here(script, *args, cwd):
     """(exit code, stdout, stderr) of a script run in this process, to skip the imports."""
     out, err, argv, here = io.StringIO(), io.StringIO(), sys.argv, Path.cwd()
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    caught = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
+    handlers = {s: signal.getsignal(s) for s in caught}
     sys.argv, code = [str(ROOT / f"{script}.py"), *map(str, args)], 0
     os.chdir(cwd)
     try:
