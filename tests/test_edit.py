@@ -1,0 +1,238 @@
+"""examples/inpaint.py, enlarge.py and vary.py: pictures filled in, enlarged and varied."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from test_smoke import ROOT, here, refused
+
+from cfm import ConditionalFlowMatcher, VelocityField
+
+PAGES = ROOT / "examples"
+sys.path[:0] = [str(PAGES), str(ROOT / "bench")]
+import enlarge
+import inpaint
+import vary
+
+QUICK = ["--steps=2", "--device=cpu", f"--out_dir={ROOT / 'assets' / 'cfm'}"]
+KEEP = torch.zeros(1, 1, 2, 4, dtype=torch.bool)
+KEEP[..., :2] = True  # the left half is known
+MEANS = torch.tensor([-0.6, 0.6])  # of both classes, in each pixel
+SHARED, OWN = 0.3, 0.1  # deviations of what all pixels of a picture share, and of each pixel's own
+
+
+def gaussian():
+    """
+    A VelocityField with an exact model: data of class k are N(MEANS[k], SHARED^2 11' + OWN^2 I), so
+    one half of a picture tells much about the other. No label: half of each class.
+    """
+    D = KEEP.numel()
+    covariance = SHARED**2 * torch.ones(D, D) + OWN**2 * torch.eye(D)
+
+    def of_class(t, z, mean):
+        a = t**2 * covariance + (1 - t) ** 2 * torch.eye(D)
+        solved = torch.linalg.solve(a, (z - t * mean).T).T
+        logs = -(((z - t * mean) * solved).sum(1)) / 2
+        return mean + t * solved @ covariance - (1 - t) * solved, logs
+
+    def v_model(t, x, y=None):
+        tau, z = t[0].item(), x.flatten(1)
+        values, logs = zip(*(of_class(tau, z, mean) for mean in MEANS.tolist()))
+        weights = torch.stack(logs).softmax(0)
+        if y is not None:
+            weights = F.one_hot(y, 2).T.float()
+        return (weights[:, :, None] * torch.stack(values)).sum(0).reshape(x.shape)
+
+    return VelocityField(v_model, ConditionalFlowMatcher())
+
+
+def filling(known):
+    return lambda x: torch.where(KEEP, known, x)
+
+
+@pytest.mark.parametrize("label, mean", [(0, -0.6), (1, 0.6)])
+def test_a_fill_is_what_the_known_half_implies(label, mean):
+    """E[hidden | known], in closed form. The mean of the class itself would be 0.19 away."""
+    torch.manual_seed(0)
+    known = torch.where(KEEP, mean + 0.2, torch.zeros(500, 1, 2, 4))
+    y = torch.full((500,), label)
+    x = inpaint.restore(gaussian(), filling(known), known, y, steps=50)
+    n = int(KEEP.sum())
+    expected = mean + 0.2 * n * SHARED**2 / (n * SHARED**2 + OWN**2)
+    assert torch.equal(x[..., :2], known[..., :2])
+    assert x[..., 2:].mean().item() == pytest.approx(expected, abs=0.03)
+    assert 0.01 < x[..., 2:].std().item() < 0.2  # the fills differ, but not as classes do
+
+
+def test_classes_are_weighed_by_what_is_known_of_each_picture():
+    torch.manual_seed(0)
+    x = torch.tensor([-0.6, 0.6, 0.4])[:, None, None, None].expand(3, 1, 2, 4)
+    weights = inpaint.weigh_classes(gaussian(), filling(x), torch.zeros(3, 1, 2, 4), 2)
+    assert torch.allclose(weights.sum(1), torch.ones(3))
+    assert weights.argmax(1).tolist() == [0, 1, 1] and weights.max(1).values.min() > 0.99
+
+
+def test_the_weight_of_a_class_by_hand():
+    """One trial is at tau = 0.5. Its error, the sum over known pixels, to the power of -sharpness."""
+    known = torch.where(KEEP, 0.5, torch.zeros(1, 1, 2, 4))
+    noise = torch.full_like(known, 0.3)
+    weights = inpaint.weigh_classes(gaussian(), filling(known), torch.zeros_like(known), 2, trials=1,
+                                    sharpness=1.5, randn=lambda x: noise)
+    z, tau, errors = 0.5 * known + 0.5 * noise, torch.full((1,), 0.5), []
+    for k in range(2):
+        predicted = z + 0.5 * gaussian().velocity(tau, z, torch.tensor([k]))
+        errors.append((predicted.clamp(-1, 1) - known)[..., :2].square().sum().item())
+    expected = np.array(errors) ** -1.5
+    assert weights[0].tolist() == pytest.approx(list(expected / expected.sum()), rel=1e-4)
+
+
+def test_the_projection_onto_means_is_the_nearest_picture_in_range():
+    """No other picture with these means in range is nearer, and clipping alone breaks the means."""
+    torch.manual_seed(0)
+    small = torch.rand(3, 2, 2, 3) * 2 - 1
+    small[0, 0, 0] = torch.tensor([-1.0, 1.0, 0.999])
+    x = 1.5 * torch.randn(3, 2, 8, 12)
+    nearest = enlarge.project_means(x, small, 4)
+    assert nearest.abs().max() <= 1
+    assert torch.allclose(F.avg_pool2d(nearest, 4), small, atol=1e-5)
+    assert torch.allclose(enlarge.project_means(nearest, small, 4), nearest, atol=1e-5)
+    gap = F.avg_pool2d(x, 4) - small
+    clipped = (x - F.interpolate(gap, scale_factor=4)).clamp(-1, 1)
+    assert (F.avg_pool2d(clipped, 4) - small).abs().max() > 0.1
+    for seed in range(20):  # other pictures of the kind: convex, so (x - nearest)(other - nearest) <= 0
+        torch.manual_seed(seed)
+        other = enlarge.project_means(torch.randn(x.shape), small, 4)
+        assert ((x - nearest) * (other - nearest)).sum() <= 1e-3
+
+
+def test_variations_go_from_the_same_to_new():
+    """At strength 1 they are draws of the class; in between, more of the noise means farther."""
+    torch.manual_seed(0)
+    x, noise = 0.6 + 0.3 * torch.randn(2000, 1, 1, 1).expand(2000, 1, 2, 4), torch.randn(2000, 1, 2, 4)
+    y = torch.ones(2000, dtype=torch.long)
+    assert torch.equal(vary.vary(gaussian(), x, noise, 0.0, y), x)
+    strip = [vary.vary(gaussian(), x, noise, s, y, steps=40) for s in (0.2, 0.5, 0.8, 1.0)]
+    kept = [torch.corrcoef(torch.stack([x.mean((1, 2, 3)), v.mean((1, 2, 3))]))[0, 1] for v in strip]
+    assert kept[0] > 0.9 > kept[1] > kept[2] > 0.15 and abs(kept[3]) < 0.1
+    means = strip[3].mean((1, 2, 3))
+    assert means.mean().item() == pytest.approx(0.6, abs=0.05)
+    assert means.std().item() == pytest.approx(SHARED, abs=0.05)
+
+
+def test_the_pages_share_what_they_share_byte_for_byte():
+    text = {name: (PAGES / f"{name}.py").read_text() for name in ("inpaint", "enlarge", "vary")}
+
+    def part(name, start, end):
+        return text[name].split(start)[1].split(end)[0]
+
+    method = ("# ---- the method", "def read_picture")
+    reading = ("def read_picture", "[None]\n")
+    assert part("inpaint", *method) == part("enlarge", *method)
+    assert len({part(name, *reading) for name in text}) == 1
+
+
+# ---- the commands ----
+
+
+def digit(path, right=0):
+    """A grey 28 x 28 picture: an upright bar on the left, and right in all pixels of the right."""
+    pixels = np.zeros((28, 28), np.uint8)
+    pixels[4:24, 8:12] = 251
+    pixels[:, 14:] = right
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+def fills_in(folder):
+    return [np.asarray(Image.open(file)) for file in sorted(folder.glob("*.png"))]
+
+
+def test_inpaint_keeps_known_pixels_and_never_sees_the_others(tmp_path):
+    known = digit(tmp_path / "a.png")
+    digit(tmp_path / "b.png", right=200)
+    for name in "ab":
+        here("examples/inpaint", *QUICK, f"--picture={name}.png", "--fills=3", f"--save={name}",
+             cwd=tmp_path)
+    a, b = fills_in(tmp_path / "a"), fills_in(tmp_path / "b")
+    assert all((x[:, :14] == known[:, :14]).all() for x in a)
+    assert (a[0] != a[1]).any() and (a[1] != a[2]).any()
+    assert np.array_equal(a, b)
+
+
+def test_inpaint_takes_a_mask_of_your_own(tmp_path):
+    """White is hidden. With the label given, no class is tried."""
+    known, mask = digit(tmp_path / "a.png"), np.zeros((28, 28), np.uint8)
+    mask[20:, 3:9] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    said = here("examples/inpaint", *QUICK, "--picture=a.png", "--mask=mask.png", "--labels=1",
+                "--save=fills", cwd=tmp_path)
+    assert "filled in as" not in said
+    for x in fills_in(tmp_path / "fills"):
+        assert (x[mask == 0] == known[mask == 0]).all()
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_enlarged_pictures_averaged_are_the_input_within_one_grey_level(factor, tmp_path):
+    size = 28 // factor
+    pixels = np.random.default_rng(0).integers(0, 256, (size, size), np.uint8)
+    pixels[0, :3] = 0, 255, 254
+    Image.fromarray(pixels).save(tmp_path / "small.png")
+    here("examples/enlarge", *QUICK, "--picture=small.png", f"--factor={factor}", "--versions=2",
+         "--save=large", cwd=tmp_path)
+    large = fills_in(tmp_path / "large")
+    for x in large:
+        means = x.reshape(size, factor, size, factor).astype(float).mean((1, 3))
+        assert np.abs(means - pixels).max() <= 1
+    assert (large[0] != large[1]).any()
+
+
+def test_the_pages_draw_grids_of_a_users_picture_whatever_its_kind(tmp_path):
+    """In colour, transparent and of another size. The page says what it did."""
+    colours = np.zeros((40, 60, 4), np.uint8)
+    colours[..., 0], colours[10:30, 20:40, 3] = 200, 255
+    Image.fromarray(colours).save(tmp_path / "mine.png")
+    for page, width in (("inpaint", 6), ("enlarge", 6), ("vary", 11)):
+        said = here(f"examples/{page}", *QUICK, "--picture=mine.png", cwd=tmp_path)
+        assert "mine.png: from 60 x 40 pixels to" in said and "from colour to grey" in said
+        assert Image.open(tmp_path / "out" / f"{page}.png").size == (30 * width + 2, 32)
+
+
+def test_misuse_ends_in_one_line(tmp_path):
+    for name, value in (("black", 0), ("white", 255)):
+        Image.fromarray(np.full((28, 28), value, np.uint8)).save(tmp_path / f"{name}.png")
+    digit(tmp_path / "a.png")
+    Image.fromarray(np.zeros((9, 9), np.uint8)).save(tmp_path / "small.png")
+    (tmp_path / "text.png").write_text("no picture")
+    given = [*QUICK, "--picture=a.png"]
+    for page, options, message in [
+        ("inpaint", [*QUICK, "--picture=none.png"], "No such file"),
+        ("vary", [*QUICK, "--picture=text.png"], "cannot be read"),
+        ("inpaint", [*given, "--mask=none.png"], "No such file"),
+        ("inpaint", [*given, "--mask=small.png"], "28 x 28 pixels, not 9 x 9"),
+        ("inpaint", [*given, "--mask=black.png"], "must hide some pixels"),
+        ("inpaint", [*given, "--mask=white.png"], "and not all"),
+        ("inpaint", [*given, "--labels=cat"], "there is no class cat"),
+        ("inpaint", [*given, "--save=x.npz"], "must end in .png"),
+        ("enlarge", [*given, "--factor=3"], "does not divide"),
+        ("vary", [*given, "--strengths=2"], "not between 0 and 1"),
+        ("vary", ["--out_dir=nowhere"], "there is no valid checkpoint"),
+    ]:
+        refused(f"examples/{page}", *options, cwd=tmp_path, message=message)
+
+
+def test_runs_that_cannot_edit_are_refused(tmp_path):
+    """On a curved path, of another noise, and of one step."""
+    file = torch.load(ROOT / "assets" / "cfm" / "ckpt.pt", weights_only=True)
+    changes = {"vp": {"config": file["config"] | {"path": "vp"}},
+               "wide": {"config": file["config"] | {"sigma": 0.1}},
+               "one": {"limits": {"steps": (1, 1)}}}
+    for name, change in changes.items():
+        (tmp_path / name).mkdir()
+        torch.save(file | change, tmp_path / name / "ckpt.pt")
+        for page in ("inpaint", "enlarge", "vary"):
+            refused(f"examples/{page}", f"--out_dir={name}", cwd=tmp_path, message="cannot edit")
+        refused("examples/sde", f"--out_dir={name}", cwd=tmp_path, message="has no score")
