@@ -10,9 +10,12 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
+
+import core.data
 
 ROOT = Path(__file__).parent.parent
 TINY = (
@@ -69,6 +72,25 @@ def refused(script, *args, cwd, message):
     before = sorted(cwd.rglob("*"))
     code, out, err = run_here(script, *args, cwd=cwd)
     assert code == 2 and err.count("\n") == 1 and message in err, out + err
+    assert sorted(cwd.rglob("*")) == before
+
+
+def lines(table):
+    """The columns of a table of wrong commands: a row each, divided by |."""
+    return [[part.strip() for part in line.split("|")] for line in table.splitlines() if line]
+
+
+def wrong(script, args, message, cwd, monkeypatch):
+    """Within a second, before data are read: exit code 2, a short line, nothing written."""
+    def read(*args, **kwargs):
+        raise AssertionError("data were read")
+
+    for name in ("fetch_mnist", "draw_flowers", "load_folder", "load_npz"):
+        monkeypatch.setattr(core.data, name, read)
+    before, start = sorted(cwd.rglob("*")), time.time()
+    code, out, err = run_here(script, *args.split(), cwd=cwd)
+    assert code == 2 and out == "" and err.count("\n") == 1 and message in err, (code, out, err)
+    assert time.time() - start < 1 and len(err) < 300
     assert sorted(cwd.rglob("*")) == before
 
 

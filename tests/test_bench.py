@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from core.data import draw_flowers
-from helpers import run_here
+from helpers import here, run_here
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
@@ -99,12 +99,13 @@ def test_a_judge_learns_and_tells_good_pictures_from_bad():
 
 @pytest.fixture
 def flowers(monkeypatch):
-    """600 training flowers and 200 test flowers in the place of MNIST."""
+    """300 training flowers and 100 test flowers in the place of MNIST."""
     from core.pictures import Data
 
-    x, y = draw_flowers(800, 28)
-    data = Data((x[:600], y[:600]), (x[600:], y[600:]), [str(i) for i in range(10)], 0)
-    monkeypatch.setattr("core.data.load_data", lambda name, data_dir: data)
+    x, y = draw_flowers(400, 28)
+    data = Data((x[:300], y[:300]), (x[300:], y[300:]), [str(i) for i in range(10)], 0)
+    for module in ("core.data", "quality"):          # which may have imported it already
+        monkeypatch.setattr(f"{module}.load_data", lambda name, data_dir: data)
     return x, y
 
 
@@ -113,7 +114,7 @@ def test_another_judge_is_trained_once_and_knows_its_floors(flowers, tmp_path):
     from quality import frechet, load_judge, look
 
     x, y = flowers
-    np.savez(tmp_path / "drawn.npz", x[:200].permute(0, 2, 3, 1).numpy(), y[:200].numpy())
+    np.savez(tmp_path / "drawn.npz", x[:100].permute(0, 2, 3, 1).numpy(), y[:100].numpy())
     command = "bench/quality", "--judge=3", "--judge_epochs=1", "--architecture=residual", "drawn.npz"
     code, out, err = run_here(*command, cwd=tmp_path)
     assert code == 0 and out.count("training the judge") == 1, err
@@ -125,18 +126,18 @@ def test_another_judge_is_trained_once_and_knows_its_floors(flowers, tmp_path):
     network, references = load_judge(file)
     assert all(w.dtype == torch.float32 for w in network.parameters())
     assert all(torch.equal(w, w.half().float()) for w in network.parameters())
-    parts = [look(network, part)[0] for part in x[:600].split(100)]
-    test, classes = look(network, x[600:])
+    parts = [look(network, part)[0] for part in x[:300].split(50)]
+    test, classes = look(network, x[300:])
     assert references["test"]["floor"] == pytest.approx(np.mean([frechet(p, test) for p in parts]))
     assert references["train"]["floor"] == pytest.approx(
         np.mean([frechet(p, parts[-1]) for p in parts[:-1]]))
-    assert references["test"]["accuracy"] == (classes == y[600:]).double().mean()
+    assert references["test"]["accuracy"] == (classes == y[300:]).double().mean()
     for against, real in (("test", test), ("train", parts[-1])):
         said = run_here("bench/quality", f"--judge={file}", f"--against={against}", "drawn.npz",
                         cwd=tmp_path)[1]
         _, own, count, distance, times, *_ = said.splitlines()[-1].split()
-        expected = frechet(look(network, x[:200])[0], real)
-        assert (own, count) == ("own", "200")
+        expected = frechet(look(network, x[:100])[0], real)
+        assert (own, count) == ("own", "100")
         assert float(distance) == pytest.approx(expected, abs=1e-4)
         assert float(times) == pytest.approx(expected / references[against]["floor"], abs=1e-3)
 
@@ -148,20 +149,20 @@ def test_what_needs_the_data_set_is_added(flowers, tmp_path):
     from quality import FOLDER, covered_share, load_judge, look
 
     x, y = flowers
-    np.savez(tmp_path / "drawn.npz", x[:200].permute(0, 2, 3, 1).numpy(), y[:200].numpy())
+    np.savez(tmp_path / "drawn.npz", x[:100].permute(0, 2, 3, 1).numpy(), y[:100].numpy())
     options = "--training", "--coverage", "--teach=2"
     code, out, err = run_here("bench/quality", "drawn.npz", *options, cwd=tmp_path)
     assert code == 0, err
     names = ["10,000 training digits", "1,000 training digits of each class", "drawn.npz"]
     rows = [line for line in out.splitlines() if re.match(r"drawn|1", line)]
     assert [row[:45].split("  ")[0] for row in rows] == [name for name in names for _ in range(3)]
-    assert rows[0][45:] == rows[3][45:]             # all 600, as many of each class
+    assert rows[0][45:] == rows[3][45:]             # all 300, as many of each class
     for row, file in zip(rows[6:8], ("a.pt", "b.pt")):
         network = load_judge(FOLDER / file)[0]
-        expected = covered_share(look(network, x[600:])[0], look(network, x[:200])[0])
+        expected = covered_share(look(network, x[300:])[0], look(network, x[:100])[0])
         assert f" {expected:.2%}  " in row
-    pupils = [train(x[:200], y[:200], seed, 2) for seed in range(3)]
-    taught = [(look(pupil, x[600:])[1] == y[600:]).double().mean().item() for pupil in pupils]
+    pupils = [train(x[:100], y[:100], seed, 2) for seed in range(3)]
+    taught = [(look(pupil, x[300:])[1] == y[300:]).double().mean().item() for pupil in pupils]
     least, most = f"{min(taught):.2%}", f"{max(taught):.2%}"
     assert rows[8].endswith(f"teaches {np.mean(taught):.2%}, {least} to {most}")
     figures = read_quality(out, None, 0)
@@ -172,19 +173,16 @@ def test_what_needs_the_data_set_is_added(flowers, tmp_path):
 
 # ---- the frozen judges ----
 
+DIGITS = ROOT / "tests" / "digits.npz"
 # Of tests/digits.npz: 1,000 digits drawn from assets/cfm, grey levels below 4 made black. Distance
 # to the test digits, x floor, recognised; then the first two to the last 10,000 training digits.
 SCORES = {"A": (1.193, 3.296, 98.10, 1.066, 3.052), "B": (0.08010, 3.751, 97.70, 0.07310, 2.913)}
 
 
-def scores_of_the_stored_digits(root, cwd, threads, *options):
-    """{judge: [distance, x floor, recognised]} by a fresh process, without a data set."""
-    command = [sys.executable, str(root / "bench" / "quality.py"), str(ROOT / "tests" / "digits.npz")]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run([*command, *options], cwd=cwd, env=environment, capture_output=True,
-                          text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    rows = re.findall(r"npz +([AB]) +1000 +([\d.]+) +([\d.]+) +([\d.]+)%", done.stdout)
+def scores_of_the_stored_digits(*options, cwd):
+    """{judge: [distance, x floor, recognised]}"""
+    printed = here("bench/quality", DIGITS, *options, cwd=cwd)
+    rows = re.findall(r"npz +([AB]) +1000 +([\d.]+) +([\d.]+) +([\d.]+)%", printed)
     return {judge: [float(value) for value in values] for judge, *values in rows}
 
 
@@ -195,8 +193,13 @@ def four_digits(value):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_score_depends_on_the_pictures_alone(threads, tmp_path):
     """Whatever the threads, and without a data set: the stored scores, to four digits."""
-    test = scores_of_the_stored_digits(ROOT, tmp_path, threads)
-    train = scores_of_the_stored_digits(ROOT, tmp_path, threads, "--against=train")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        test = scores_of_the_stored_digits(cwd=tmp_path)
+        train = scores_of_the_stored_digits("--against=train", cwd=tmp_path)
+    finally:
+        torch.set_num_threads(before)
     assert not list(tmp_path.iterdir())
     for judge, expected in SCORES.items():
         found = test[judge] + train[judge][:2]
@@ -206,7 +209,7 @@ def test_a_score_depends_on_the_pictures_alone(threads, tmp_path):
 def test_a_score_does_not_depend_on_the_batches():
     from quality import FOLDER, load_judge, look, read_pictures
 
-    x, _ = read_pictures(ROOT / "tests" / "digits.npz")
+    x, _ = read_pictures(DIGITS)
     for file in ("a.pt", "b.pt"):
         network, _ = load_judge(FOLDER / file)
         features, classes = look(network, x)
@@ -224,10 +227,9 @@ def test_a_judge_with_a_wrong_checksum_is_refused(tmp_path):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    command = [sys.executable, "bench/quality.py", str(ROOT / "tests" / "digits.npz")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
-    assert "b.pt: its checksum is wrong" in done.stderr
+    code, out, err = run_here(tmp_path / "bench" / "quality", DIGITS, cwd=tmp_path)
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert f"{file}: its checksum is wrong" in err
 
 
 def test_the_frozen_judges_are_two_and_small():
@@ -443,6 +445,7 @@ def test_samplers_put_a_run_in_its_group(method, config, limits, group, fitting,
     save_checkpoint(tmp_path / "ckpt.pt", **content, limits=limits)
     monkeypatch.setattr(samplers, "samplers", "ddim,heun")
     monkeypatch.setattr(samplers, "device", "cpu")
+    monkeypatch.setattr(samplers, "n_samples", 20)
     name, model, wrapped, found = samplers.load(tmp_path)
     assert (name, found) == (group, fitting)
     _, _, evaluations = samplers.draw_digits(wrapped, model, found[0], 2)
@@ -657,13 +660,25 @@ def runs(tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def drawn_here(monkeypatch):
+    """record.py runs sample.py in this process."""
+    def run(command, **options):
+        assert command[:2] == [sys.executable, ROOT / "sample.py"]
+        assert options == {"stdout": subprocess.PIPE, "text": True}
+        code, out, _ = run_here("sample", *command[2:], cwd=Path.cwd())
+        return subprocess.CompletedProcess(command, code, out)
+
+    monkeypatch.setattr(subprocess, "run", run)
+
+
 def record(*args, cwd):
     code, out, err = run_here("bench/record", *args, cwd=cwd)
     assert code == 0, err
     return [cell.strip() for cell in out.splitlines()[-1].strip("|").split("|")]
 
 
-def test_record_prints_the_row_of_a_contender(runs):
+def test_record_prints_the_row_of_a_contender(runs, drawn_here):
     from quality import FOLDER, load_judge, read_pictures, score
 
     track, seeds, minutes, machine, evaluations, *found = record("a", "b", "--n_samples=30", cwd=runs)
@@ -677,7 +692,7 @@ def test_record_prints_the_row_of_a_contender(runs):
     assert [cell.split(", ")[1] for cell in found[:4]] == expected and found[4] == ""
 
 
-def test_record_names_the_track(runs):
+def test_record_names_the_track(runs, drawn_here):
     small = "--n_samples=2", "--machine=an abacus"
     assert record("a", *small, "--minutes_before=0.5", cwd=runs)[0] == "three minutes"
     row = record("a", "b", *small, "--minutes_before=0.5", cwd=runs)
@@ -686,7 +701,7 @@ def test_record_names_the_track(runs):
     assert record("a", *small, "--draw=--steps=1", cwd=runs)[0] == "one evaluation"
 
 
-def test_record_gives_what_the_digits_teach(runs, flowers):
+def test_record_gives_what_the_digits_teach(runs, flowers, drawn_here):
     row = record("a", "--n_samples=4", "--teach=1", cwd=runs)
     assert re.fullmatch(r"[\d.]+%", row[-1])
     assert len(np.load(runs / "a" / "record.npz")["arr_0"]) == 20

@@ -4,8 +4,7 @@ import time
 
 import pytest
 
-import core.data
-from helpers import ROOT, TINY, here, run, run_here
+from helpers import ROOT, lines, run, wrong
 
 # options | part of the message
 BOTH = """
@@ -273,43 +272,9 @@ bench/peers | --peers=nobody | nobody
 """
 
 
-def lines(table):
-    return [[part.strip() for part in line.split("|")] for line in table.splitlines() if line]
-
-
 TRAINING = [(s, *line) for s, own in (("ddpm", DDPM), ("cfm", CFM)) for line in lines(BOTH + own)]
 SAMPLING = [(s, *line) for s, own in (("ddpm", SAMPLE_DDPM), ("cfm", SAMPLE_CFM))
             for line in lines(SAMPLE + own)]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder with a tiny run of each script, and files that are not config files."""
-    cwd = tmp_path_factory.mktemp("commands")
-    for script in ("ddpm", "cfm"):
-        here(script, *TINY, "--max_iters=1", f"--out_dir={script}", cwd=cwd)
-    (cwd / "binary.py").write_bytes(bytes(range(256)))
-    (cwd / "code.py").write_text("import os\nos.mkdir('executed')\n")
-    (cwd / "misspelt.py").write_text("max_iters = 3\nbatchsize = 3\n")
-    (cwd / "wrong.py").write_text("batch_size = 'x'\n")
-    (cwd / "text.npz").write_text("no pictures")
-    for name in ("full", "full.gif"):
-        (cwd / name).mkdir()
-        (cwd / name / "file").write_text("")
-    return cwd
-
-
-def wrong(script, args, message, cwd, monkeypatch):
-    def read(*args, **kwargs):
-        raise AssertionError("data were read")
-
-    for name in ("fetch_mnist", "draw_flowers", "load_folder", "load_npz"):
-        monkeypatch.setattr(core.data, name, read)
-    before, start = sorted(cwd.rglob("*")), time.time()
-    code, out, err = run_here(script, *args.split(), cwd=cwd)
-    assert code == 2 and out == "" and err.count("\n") == 1 and message in err, (code, out, err)
-    assert time.time() - start < 1 and len(err) < 300
-    assert sorted(cwd.rglob("*")) == before
 
 
 @pytest.mark.parametrize("script, args, message", TRAINING)

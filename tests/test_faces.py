@@ -1,8 +1,7 @@
 """The drawn faces, and the program in bench/ that reads them back."""
 
+import functools
 import importlib.util
-import subprocess
-import sys
 from math import prod
 
 import numpy as np
@@ -21,12 +20,18 @@ from core.faces import (
     draw,
     draw_faces,
 )
-from helpers import ROOT
+from helpers import ROOT, here, refused
 
 # by its path: core/faces.py has the same name
 spec = importlib.util.spec_from_file_location("bench_faces", ROOT / "bench" / "faces.py")
 judge = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(judge)
+
+
+@functools.cache
+def all_faces():
+    """The pictures, classes and rows of numbers of the whole data set."""
+    return draw_faces(50_000)
 
 
 def number(part, design):
@@ -53,7 +58,7 @@ def test_the_same_seed_draws_the_same_faces_and_another_one_others():
 
 def test_the_data_set_is_what_was_drawn_and_a_tenth_is_held_out():
     data = load_data("faces")
-    x, y, _ = draw_faces(50_000)
+    x, y, _ = all_faces()
     assert torch.equal(data.held_out[0], x[:5000]) and torch.equal(data.held_out[1], y[:5000])
     assert torch.equal(data.train[0], x[5000:]) and torch.equal(data.train[1], y[5000:])
     assert x.shape[1:] == (3, 16, 16) and x.dtype == torch.uint8 and y.dtype == torch.int64
@@ -107,7 +112,7 @@ def combinations(kind):
 def test_there_are_more_than_a_billion_faces():
     counts = {kind: combinations(kind) for kind in CLASSES}
     assert counts["plain"] == 353_894_400 and sum(counts.values()) == 1_509_580_800
-    _, _, faces = draw_faces(50_000)
+    _, _, faces = all_faces()
     assert len(np.unique(faces, axis=0)) > 49_900
 
 
@@ -127,14 +132,14 @@ def test_within_a_class_parts_are_independent():
 
 def test_every_face_reads_back_as_its_own_parts():
     """All of the data set, held-out faces too."""
-    x, y, faces = draw_faces(50_000)
+    x, y, faces = all_faces()
     read, classes, legal = judge.read(x)
     assert legal.all() and (classes == y.numpy()).all() and (read == faces).all()
 
 
 def test_colours_are_far_apart_and_the_tolerance_is_less_than_half_of_that():
     """The distance by brute force, from what is seen in the data set."""
-    x = draw_faces(50_000)[0].permute(0, 2, 3, 1).reshape(-1, 3).numpy().astype(int)
+    x = all_faces()[0].permute(0, 2, 3, 1).reshape(-1, 3).numpy().astype(int)
     seen = np.unique(x @ [1, 256, 65536])[:, None] // [1, 256, 65536] % 256
     apart = abs(seen[:, None] - seen).max(-1)
     assert len(seen) == len(COLOURS) and min(apart[apart > 0]) == judge.DISTANCE == 52
@@ -225,23 +230,18 @@ def test_the_judge_by_value():
     assert hats["balance"]["mouth"] < 0.3
 
 
-def bench(*args, cwd):
-    command = [sys.executable, str(ROOT / "bench" / "faces.py"), *args]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
-
-
 def save(file, x, y):
     np.savez(file, x.permute(0, 2, 3, 1).numpy(), y.numpy())
 
 
 def test_the_program_judges_files_and_saves_a_small_training_set(tmp_path):
-    x, y, _ = draw_faces(50_000)
+    x, y, _ = all_faces()
     save(tmp_path / "old.npz", x[5000:5200], y[5000:5200])
     save(tmp_path / "new.npz", x[5200:5300], y[5200:5300])
-    done = bench("old.npz", "new.npz", "--train=200", "--save=few.npz", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert f"a pixel may be off by {judge.TOLERANCE}" in done.stdout
-    rows = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line}
+    args = "old.npz", "new.npz", "--train=200", "--save=few.npz"
+    printed = here("bench/faces", *args, cwd=tmp_path)
+    assert f"a pixel may be off by {judge.TOLERANCE}" in printed
+    rows = {line.split()[0]: line.split() for line in printed.splitlines() if line}
     assert rows["old.npz"][1:5] == ["200", "100.00%", "100.00%", "0.00%"]
     assert rows["new.npz"][1:5] == ["100", "100.00%", "100.00%", "100.00%"]
     few = load_data(str(tmp_path / "few.npz"))
@@ -267,6 +267,4 @@ def test_bad_use_ends_in_one_line(tmp_path):
         (["--save=few.png"], "--save=few.png: must end in .npz"),
         (["--save=no/such/few.npz"], "--save=no/such/few.npz: "),
     ]:
-        done = bench(*args, cwd=tmp_path)
-        assert done.returncode == 2 and words in done.stderr, (args, done.stderr)
-        assert len(done.stderr.splitlines()) == 1
+        refused("bench/faces", *args, cwd=tmp_path, message=words)

@@ -111,6 +111,19 @@ def straight(request, tmp_path_factory):
     return request.param, args, cwd / "straight"
 
 
+def stop_after(iterations, monkeypatch):
+    """SIGTERM comes in each of these iterations."""
+    clip, iteration = torch.nn.utils.clip_grad_norm_, [0]
+
+    def stopping(*a):  # called once an iteration
+        iteration[0] += 1
+        if iteration[0] in iterations:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return clip(*a)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", stopping)
+
+
 @pytest.mark.parametrize(
     "stops",
     [
@@ -125,15 +138,7 @@ def test_interrupted_anywhere_a_run_ends_as_if_it_had_not_been(
 ):
     """Stopped by SIGTERM after the given iterations, and resumed each time."""
     script, args, whole = straight
-    clip, iteration = torch.nn.utils.clip_grad_norm_, [0]
-
-    def stopping(*a):  # called once an iteration
-        iteration[0] += 1
-        if iteration[0] in stops:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return clip(*a)
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", stopping)
+    stop_after(stops, monkeypatch)
     for n, stop in enumerate([*stops, 40]):
         options = RESUME if n else [*args, "--out_dir=x"]
         code, out, err = run_here(script, *options, cwd=tmp_path)
@@ -499,17 +504,16 @@ def test_four_processes_and_one_is_killed(tmp_path):
     assert f"iterations {at} to {at + 4}, of 32 pictures" in done.stdout
 
 
-def test_a_run_by_the_clock_that_was_stopped_can_be_resumed(tmp_path):
+def test_a_run_by_the_clock_that_was_stopped_can_be_resumed(tmp_path, monkeypatch):
     """Beyond max_iters, too: the checkpoint holds the number that the clock has set."""
-    process = start("cfm", *TINY, "--minutes=5", "--log_interval=2", "--max_iters=4", cwd=tmp_path)
-    wait_for(process, "iteration 10 of")
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM and "stopped and saved" in out
+    stop_after([10], monkeypatch)
+    args = [*TINY, "--minutes=5", "--log_interval=2", "--max_iters=4"]
+    code, out, _ = run_here("cfm", *args, cwd=tmp_path)
+    assert code == 128 + signal.SIGTERM and "stopped and saved at iteration 10" in out
     stopped = checkpoint(tmp_path / "out" / "cfm")
-    assert stopped["config"]["max_iters"] > stopped["iteration"] >= 10
-    process = start("cfm", *RESUME[:1], "--minutes=0.02", cwd=tmp_path)
-    assert process.communicate(timeout=60)[1] == "" and process.returncode == 0
+    assert stopped["config"]["max_iters"] > stopped["iteration"] == 10
+    code, _, err = run_here("cfm", *RESUME[:1], "--minutes=0.02", cwd=tmp_path)
+    assert (code, err) == (0, "")
     done = checkpoint(tmp_path / "out" / "cfm")["iteration"]
     assert done > stopped["iteration"]
     # it is complete, so it goes on by another clock, or by a number that no clock overrides

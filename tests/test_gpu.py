@@ -43,8 +43,8 @@ def untouched(name):
 cfm, ddpm = untouched("cfm"), untouched("ddpm")
 SCRIPTS = {"ddpm": ddpm, "cfm": cfm}
 DEFAULT = {"num_classes": 10}
-CIFAR10 = {"in_channels": 3, "channels": 128, "channel_mults": (1, 2, 2, 2), "n_res_blocks": 2,
-           "attention_levels": (1, 4), "patch": 1, "dropout": 0.1}
+CIFAR10 = {"in_channels": 3, "channels": 128, "channel_mults": (1, 2), "n_res_blocks": 2,
+           "attention_levels": (1, 2), "patch": 1, "dropout": 0.1}     # with fewer levels
 NO_LAUNCH = ("view", "_unsafe_view", "expand", "transpose", "permute", "unbind", "split", "slice",
              "select", "detach", "alias", "empty", "empty_like", "empty_strided", "device", "chunk",
              "unsqueeze", "squeeze", "t", "as_strided", "split_with_sizes", "_reshape_alias")
@@ -291,17 +291,18 @@ def test_the_loss_is_one_graph_and_compiled_once(script):
 NO_COMPILER = {"PATH": "/nowhere", "CXX": "", "CC": ""}
 
 
-@pytest.mark.parametrize("required", [True, False])
-def test_without_a_compiler_a_run_goes_on_or_says_why_not(required, tmp_path):
+def test_without_a_compiler_a_run_goes_on_or_says_why_not(tmp_path):
     """--compile=true requires one, --compile=auto does not."""
-    code = f"from core.machine import try_to_compile; print(try_to_compile('cpu', {required}))"
+    code = ("from core.machine import try_to_compile\n"
+            "print(try_to_compile('cpu', required=False), flush=True)\n"
+            "print(try_to_compile('cpu', required=True))")
     env = os.environ | NO_COMPILER | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env,
                           cwd=ROOT)
     said = [line for line in done.stderr.splitlines() if "torch.compile does not work" in line]
-    assert len(said) == 1 and "Traceback" not in done.stderr
-    assert done.returncode == (2 if required else 0)
-    assert done.stdout == ("" if required else "False\n")
+    assert len(said) == 2 and "Traceback" not in done.stderr
+    assert "continuing without it" in said[0] and "--compile=true: torch.compile does" in said[1]
+    assert (done.stdout, done.returncode) == ("False\n", 2)
 
 
 @pytest.mark.slow

@@ -3,15 +3,14 @@
 import math
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from exact import TWO, exact_cfm, exact_ddpm
-from helpers import ROOT, TINY, checkpoint, here, refused, run, run_here
+from helpers import ROOT, TINY, checkpoint, here, lines, refused, run_here, wrong
 from PIL import Image
-from test_commands import folder, lines, wrong  # noqa: F401: folder is a fixture
-from test_runs import trained  # noqa: F401
 
 from sample import draw
 
@@ -59,8 +58,8 @@ def test_slerp_keeps_noise_noise():
 
 # ---- the command ----
 
-def test_interpolation_is_between_two_noises_and_reconstruction_restores(trained):  # noqa: F811
-    script, cwd, _ = trained
+def test_interpolation_is_between_two_noises_and_reconstruction_restores(trained):
+    script, cwd = trained
     draw = [f"--out_dir=out/{script}", "--sampler=rk4", "--steps=5"]
     here(PAGE, *draw, "--save=x.npz", "--n_samples=20", cwd=cwd)
     x, y = np.load(cwd / "x.npz").values()
@@ -89,8 +88,8 @@ def test_interpolation_is_between_two_noises_and_reconstruction_restores(trained
 
 
 @pytest.mark.parametrize("task", ["interpolate", "reconstruct"])
-def test_dopri5_that_cannot_go_on_says_so_in_one_line(trained, task):  # noqa: F811
-    script, cwd, _ = trained
+def test_dopri5_that_cannot_go_on_says_so_in_one_line(trained, task):
+    script, cwd = trained
     broken = checkpoint(cwd / "out" / script)
     broken["ema"]["conv_out.weight"].fill_(math.nan)
     (cwd / "broken").mkdir(exist_ok=True)
@@ -101,8 +100,8 @@ def test_dopri5_that_cannot_go_on_says_so_in_one_line(trained, task):  # noqa: F
 
 @pytest.mark.parametrize("page, task", [("latent", "interpolate"), ("latent", "reconstruct"),
                                         ("likelihood", "")])
-def test_a_model_that_draws_in_one_step_only_is_refused(trained, page, task):  # noqa: F811
-    script, cwd, _ = trained
+def test_a_model_that_draws_in_one_step_only_is_refused(trained, page, task):
+    script, cwd = trained
     state = checkpoint(cwd / "out" / script)
     limits = {"one": {"steps": (0, 1), "sampler": ["euler"]}, "reflow": {"eta": (0.0, 0.0)}}
     for name, limit in limits.items():  # those of examples/one_step.py
@@ -115,14 +114,30 @@ def test_a_model_that_draws_in_one_step_only_is_refused(trained, page, task):  #
     here(f"examples/{page}", "--out_dir=reflow", *args, *few, cwd=cwd)     # that is a flow
 
 
+@pytest.fixture
+def no_trunk(monkeypatch):
+    """As when Python starts in another folder: the trunk is not imported, and not on the path."""
+    def ours():
+        trunk = {"core", *(path.stem for path in ROOT.glob("*.py"))}
+        return [name for name in sys.modules if name.split(".")[0] in trunk]
+
+    path = [folder for folder in sys.path if Path(folder).resolve() not in (ROOT, *ROOT.iterdir())]
+    monkeypatch.setattr(sys, "path", path)
+    before = {name: sys.modules.pop(name) for name in ours()}
+    yield
+    for name in ours():
+        del sys.modules[name]
+    sys.modules.update(before)
+
+
 @pytest.mark.parametrize("trained", ["cfm"], indirect=True)
-def test_pages_run_from_any_folder(trained):  # noqa: F811
-    script, cwd, _ = trained
+def test_pages_run_from_any_folder(trained, no_trunk):
+    script, cwd = trained
     elsewhere = cwd / "elsewhere"
-    elsewhere.mkdir(exist_ok=True)
+    elsewhere.mkdir()
     args = [f"--out_dir={os.path.join('..', 'out', script)}", "--n_samples=2"]
-    run(PAGE, *args, "--steps=2", "--save=x.png", cwd=elsewhere)
-    run("examples/likelihood", *args, cwd=elsewhere)
+    here(PAGE, *args, "--steps=2", "--save=x.png", cwd=elsewhere)
+    here("examples/likelihood", *args, cwd=elsewhere)
     assert [path.name for path in elsewhere.iterdir()] == ["x.png"]
 
 
@@ -185,11 +200,10 @@ WRONG = lines("""
 
 @pytest.mark.parametrize("args, message", WRONG)
 @pytest.mark.parametrize("script", ["ddpm", "cfm"])
-def test_wrong_commands(script, args, message, folder, monkeypatch):  # noqa: F811
-    (folder / "full.png").mkdir(exist_ok=True)
+def test_wrong_commands(script, args, message, folder, monkeypatch):
     where = "" if "--out_dir" in args else f" --out_dir={script}"
     wrong(PAGE, args + where, message, folder, monkeypatch)
 
 
-def test_ddpm_takes_no_more_steps_than_it_has(folder, monkeypatch):  # noqa: F811
+def test_ddpm_takes_no_more_steps_than_it_has(folder, monkeypatch):
     wrong(PAGE, "--out_dir=ddpm --steps=1001", "the run has only 1000", folder, monkeypatch)

@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 import torch
 from exact import ONE, TWO, count_calls, exact_cfm, exact_ddpm, log_density
-from helpers import ROOT, TINY, checkpoint, here, refused, run_here
-from test_commands import folder, lines, wrong  # noqa: F401: folder is a fixture
-from test_runs import trained  # noqa: F401
+from helpers import ROOT, TINY, checkpoint, here, lines, refused, run_here, wrong
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import core.data
@@ -208,9 +206,9 @@ def test_a_class_counts_as_much_as_its_share_and_nothing_underflows():
 
 
 @pytest.mark.parametrize("trained", ["ddpm", "cfm"], indirect=True)
-def test_marginal_by_one_command(trained):  # noqa: F811
+def test_marginal_by_one_command(trained):
     """The sum over ten classes, each with the same draws; it takes ten times the evaluations."""
-    script, cwd, _ = trained
+    script, cwd = trained
     options = {"steps": 5} if script == "ddpm" else {"atol": 1e-3, "rtol": 1e-3}
     args = [f"--out_dir=out/{script}", "--n_samples=3", "--batch_size=2"]
     args += [f"--{name}={value}" for name, value in options.items()]
@@ -251,13 +249,13 @@ def measured(printed, relation):
 
 
 @pytest.mark.parametrize("trained", [pytest.param("ddpm", marks=slow), "cfm"], indirect=True)
-def test_likelihood_by_one_command(trained):  # noqa: F811
+def test_likelihood_by_one_command(trained):
     """
     For a model that has learned nothing yet. cfm's flow is the identity, so bits/dim, by hand, are
     log2(127.5) minus the mean log2-density of N(0, 1) at the entries of held-out pictures. ddpm's
     bound is the sum of its three terms, and is higher than after training.
     """
-    script, cwd, _ = trained
+    script, cwd = trained
     fresh = [*TINY, "--max_iters=1", "--learning_rate=0", "--out_dir=fresh", "--overwrite"]
     here(script, *fresh, cwd=cwd)
     bits, measure = {}, ["--n_samples=50", "--batch_size=20"]
@@ -343,8 +341,8 @@ def test_odd_pictures_have_a_likelihood(script, shape, tmp_path):
 
 
 @pytest.mark.parametrize("trained", ["cfm"], indirect=True)
-def test_dopri5_that_cannot_go_on_says_so_in_one_line(trained):  # noqa: F811
-    _, cwd, _ = trained                     # ddpm has the bound, which uses no solver
+def test_dopri5_that_cannot_go_on_says_so_in_one_line(trained):
+    _, cwd = trained                     # ddpm has the bound, which uses no solver
     broken = checkpoint(cwd / "out" / "cfm")
     broken["ema"]["conv_out.weight"].fill_(math.nan)
     (cwd / "broken").mkdir(exist_ok=True)
@@ -354,12 +352,12 @@ def test_dopri5_that_cannot_go_on_says_so_in_one_line(trained):  # noqa: F811
 
 
 @pytest.mark.parametrize("trained", ["cfm"], indirect=True)
-def test_data_that_are_not_there_are_asked_for_by_an_option(trained, monkeypatch):  # noqa: F811
+def test_data_that_are_not_there_are_asked_for_by_an_option(trained, monkeypatch):
     """Another data set is no help: a likelihood is that of the run's own data."""
     def unreachable(*args, **kwargs):
         raise OSError("no network")
 
-    _, cwd, _ = trained
+    _, cwd = trained
     monkeypatch.setattr(core.data.datasets, "MNIST", unreachable)
     monkeypatch.setattr(core.data, "npm_pack", unreachable)
     state = checkpoint(cwd / "out" / "cfm")
@@ -411,6 +409,6 @@ WRONG_CFM = """
 @pytest.mark.parametrize("script, args, message", [
     (script, *line) for script, own in (("ddpm", WRONG_DDPM), ("cfm", WRONG_CFM))
     for line in lines(WRONG + own)])
-def test_wrong_commands(script, args, message, folder, monkeypatch):  # noqa: F811
+def test_wrong_commands(script, args, message, folder, monkeypatch):
     where = "" if "--out_dir" in args else f" --out_dir={script}"
     wrong(PAGE, args + where, message, folder, monkeypatch)

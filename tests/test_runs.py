@@ -11,22 +11,15 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, checkpoint, command, flat, here, refused, run, run_here, sample
+from helpers import TINY, checkpoint, command, flat, here, refused, run_here, sample
 from PIL import Image
 
 slow = pytest.mark.slow  # see conftest.py
 
 
-@pytest.fixture(scope="module", params=["ddpm", "cfm"])
-def trained(request, tmp_path_factory):
-    """(script, working directory, what was printed) of 40 iterations into the default out_dir."""
-    cwd = tmp_path_factory.mktemp(request.param)
-    done = run(request.param, *TINY, "--max_iters=40", "--learning_rate=2e-2", cwd=cwd)
-    return request.param, cwd, done.stdout
-
-
-def test_training_learns_and_leaves_what_it_promises(trained):
-    script, cwd, printed = trained
+@pytest.mark.parametrize("script", ["ddpm", "cfm"])
+def test_training_learns_and_leaves_what_it_promises(script, run_of):
+    cwd, printed = run_of(script)
     out = cwd / "out" / script
     left = [".lock", "ckpt-previous.pt", "ckpt.pt", "log.csv", "sample-20.png", "sample-40.png"]
     assert sorted(p.name for p in out.iterdir()) == left
@@ -67,7 +60,7 @@ def test_sampling_with_every_sampler(trained, options):
     The number of evaluations of the model is reported. The last step, to the data, takes a single
     one with ddpm, and so does heun's own last step.
     """
-    script, cwd, _ = trained
+    script, cwd = trained
     draw = [f"--out_dir=out/{script}", "--n_samples=6", "--labels=3,1", "--save=x.npz"]
     stages = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "ddim": 1, "dpm++": 1, "dopri5": None}
     for sampler in [*stages, "ancestral", "textbook"] if script == "ddpm" else [*stages, "textbook"]:
@@ -102,7 +95,7 @@ def drawn(*args, cwd):
 )
 def test_a_gif_shows_the_way_from_noise_to_the_pictures_of_the_grid(trained, sampler, evaluations):
     """A frame for each evaluation of the model and one for the pictures, whatever the batch."""
-    script, cwd, _ = trained
+    script, cwd = trained
     if sampler == "heun":
         evaluations = evaluations[script == "ddpm"]
     draw = [f"--out_dir=out/{script}", "--n_samples=12", f"--sampler={sampler}", "--steps=6"]
@@ -127,7 +120,7 @@ def test_a_gif_shows_the_way_from_noise_to_the_pictures_of_the_grid(trained, sam
 
 def test_guidance_acts_in_its_interval_of_times(trained):
     """An interval with all times changes nothing; one with none would be no guidance: refused."""
-    script, cwd, _ = trained
+    script, cwd = trained
     draw = [f"--out_dir=out/{script}", "--n_samples=6", "--sampler=dpm++", "--steps=8"]
     plain, guided = drawn(*draw, cwd=cwd), drawn(*draw, "--guidance=30", cwd=cwd)
     between, all_times, almost_all = (
@@ -150,7 +143,7 @@ def test_guidance_acts_in_its_interval_of_times(trained):
 
 @pytest.mark.parametrize("sampler", [pytest.param("ancestral", marks=slow), "ddim"])
 def test_the_same_seed_gives_the_same_pictures_also_where_each_step_adds_noise(trained, sampler):
-    script, cwd, _ = trained
+    script, cwd = trained
     if script == "cfm" and sampler == "ancestral":
         return
     draw = [f"--out_dir=out/{script}", f"--sampler={sampler}", "--n_samples=5"]
@@ -163,7 +156,7 @@ def test_the_same_seed_gives_the_same_pictures_also_where_each_step_adds_noise(t
 
 
 def test_dopri5_that_cannot_go_on_says_so_in_one_line(trained):
-    script, cwd, _ = trained
+    script, cwd = trained
     broken = checkpoint(cwd / "out" / script)
     broken["ema"]["conv_out.weight"].fill_(math.nan)
     (cwd / "broken").mkdir(exist_ok=True)
@@ -217,7 +210,7 @@ def other(option):
 
 
 def test_sample_files_and_seeds(trained):
-    script, cwd, _ = trained
+    script, cwd = trained
     draw = ["--out_dir", f"out/{script}", "--n_samples=7"]
     for seed, batch_size, name in ((1, 7, "a.npz"), (1, 3, "b.npz"), (2, 7, "c.npz")):
         sample(*draw, f"--seed={seed}", f"--batch_size={batch_size}", f"--save={name}", cwd=cwd)
@@ -384,7 +377,7 @@ def test_pairing_without_scipy_is_refused_in_training_but_not_in_sampling(tmp_pa
 
 
 def test_what_is_there_is_not_overwritten_and_damage_is_told(trained):
-    script, cwd, _ = trained
+    script, cwd = trained
     refused(script, *TINY, cwd=cwd, message="--overwrite")
     draw = ["sample", f"--out_dir=out/{script}"]
     refused(*draw, "--sampler=dpm", cwd=cwd, message="--sampler=dpm is not one of")

@@ -103,22 +103,27 @@ print("used", {module!r})
 """
 
 
-@pytest.mark.parametrize("name, steps", [("ddpm", ""), ("cfm", "steps=3, ")])
-def test_one_file_alone_is_of_use_in_a_folder_and_in_a_package(name, steps, tmp_path):
-    """All else is absent, even packages that are installed."""
-    for folder in ("alone", "project/mypackage"):
-        (tmp_path / folder).mkdir(parents=True)
-        shutil.copy(ROOT / f"{name}.py", tmp_path / folder)
+def test_one_file_alone_is_of_use_in_a_folder_and_in_a_package(tmp_path):
+    """All else is absent, even packages that are installed, and the other file."""
     code = f"import sys\nsys.modules.update(dict.fromkeys({ABSENT}))\nimport torch\n"
-    for folder, module in (("alone", name), ("project", f"mypackage.{name}")):
-        code += f"sys.path[0] = {str(tmp_path / folder)!r}\n"
-        code += "noise, x = torch.randn(2, 4, 1, 8, 8)\ny = torch.tensor([0, 1, 2, -1])\n"
-        code += "weight = torch.ones((), requires_grad=True)\n"
-        code += (USES[name] + BOTH).format(module=module, steps=steps)
+    for name, steps in (("ddpm", ""), ("cfm", "steps=3, ")):
+        alone, project = tmp_path / name / "alone", tmp_path / name / "project"
+        for folder in (alone, project / "mypackage"):
+            folder.mkdir(parents=True)
+            shutil.copy(ROOT / f"{name}.py", folder)
+        for folder, module in ((alone, name), (project, f"mypackage.{name}")):
+            code += f"sys.path[0] = {str(folder)!r}\n"
+            code += "noise, x = torch.randn(2, 4, 1, 8, 8)\ny = torch.tensor([0, 1, 2, -1])\n"
+            code += "weight = torch.ones((), requires_grad=True)\n"
+            code += (USES[name] + BOTH).format(module=module, steps=steps)
+        code += f"del sys.modules[{name!r}], sys.modules['mypackage.{name}'], sys.modules['mypackage']\n"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     pipes = {"capture_output": True, "text": True}
+    (tmp_path / "empty").mkdir()
     command = [sys.executable, "-B", "-c", code]
-    done = subprocess.run(command, cwd=tmp_path / "alone", env=environment, **pipes)
+    done = subprocess.run(command, cwd=tmp_path / "empty", env=environment, **pipes)
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert done.stdout == f"used {name}\nused mypackage.{name}\n"
-    assert [p.name for p in (tmp_path / "alone").iterdir()] == [f"{name}.py"]
+    assert done.stdout == "used ddpm\nused mypackage.ddpm\nused cfm\nused mypackage.cfm\n"
+    for name in ("ddpm", "cfm"):
+        assert [p.name for p in (tmp_path / name / "alone").iterdir()] == [f"{name}.py"]
+    assert not list((tmp_path / "empty").iterdir())
