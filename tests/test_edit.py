@@ -77,10 +77,10 @@ def test_classes_are_weighed_by_what_is_known_of_each_picture():
 
 
 def test_the_weight_of_a_class_by_hand():
-    """One trial is at tau = 0.5. Its error, the sum over known pixels, to the power of -sharpness."""
+    """One trial, at tau = 0.5: its squared error over the known pixels, to the power -sharpness."""
     known = torch.where(KEEP, 0.5, torch.zeros(1, 1, 2, 4))
     noise = torch.full_like(known, 0.3)
-    weights = inpaint.weigh_classes(gaussian(), filling(known), torch.zeros_like(known), 2, trials=1,
+    weights = inpaint.weigh_classes(gaussian(), filling(known), 0 * known, 2, trials=1,
                                     sharpness=1.5, randn=lambda x: noise)
     z, tau, errors = 0.5 * known + 0.5 * noise, torch.full((1,), 0.5), []
     for k in range(2):
@@ -103,7 +103,7 @@ def test_the_projection_onto_means_is_the_nearest_picture_in_range():
     gap = F.avg_pool2d(x, 4) - small
     clipped = (x - F.interpolate(gap, scale_factor=4)).clamp(-1, 1)
     assert (F.avg_pool2d(clipped, 4) - small).abs().max() > 0.1
-    for seed in range(20):  # other pictures of the kind: convex, so (x - nearest)(other - nearest) <= 0
+    for seed in range(20):  # of a convex set, so (x - nearest)(other - nearest) <= 0 for all others
         torch.manual_seed(seed)
         other = enlarge.project_means(torch.randn(x.shape), small, 4)
         assert ((x - nearest) * (other - nearest)).sum() <= 1e-3
@@ -112,11 +112,12 @@ def test_the_projection_onto_means_is_the_nearest_picture_in_range():
 def test_variations_go_from_the_same_to_new():
     """At strength 1 they are draws of the class; in between, more of the noise means farther."""
     torch.manual_seed(0)
-    x, noise = 0.6 + 0.3 * torch.randn(2000, 1, 1, 1).expand(2000, 1, 2, 4), torch.randn(2000, 1, 2, 4)
+    x = 0.6 + 0.3 * torch.randn(2000, 1, 1, 1).expand(2000, 1, 2, 4)
+    noise = torch.randn_like(x)
     y = torch.ones(2000, dtype=torch.long)
     assert torch.equal(vary.vary(gaussian(), x, noise, 0.0, y), x)
     strip = [vary.vary(gaussian(), x, noise, s, y, steps=40) for s in (0.2, 0.5, 0.8, 1.0)]
-    kept = [torch.corrcoef(torch.stack([x.mean((1, 2, 3)), v.mean((1, 2, 3))]))[0, 1] for v in strip]
+    kept = [torch.corrcoef(torch.stack([x, v]).mean((2, 3, 4)))[0, 1] for v in strip]
     assert kept[0] > 0.9 > kept[1] > kept[2] > 0.15 and abs(kept[3]) < 0.1
     means = strip[3].mean((1, 2, 3))
     assert means.mean().item() == pytest.approx(0.6, abs=0.05)
