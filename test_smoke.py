@@ -20,7 +20,7 @@ from PIL import Image
 ROOT = Path(__file__).parent
 SCRIPTS = ["ddpm", "cfm"]
 TINY = (
-    "--dataset=synthetic --image_size=8 --channels=8 --batch_size=16 --warmup_iters=4 "
+    "--dataset=synthetic --image_size=8 --channels=8 --batch_size=32 --warmup_iters=4 "
     "--learning_rate=2e-2 --sample_steps=2 --max_iters=40 --log_interval=4 --eval_interval=20"
 ).split()
 

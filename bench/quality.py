@@ -42,7 +42,7 @@ from classifiers import ARCHITECTURES, to_float, train
 from configurator import configure, explained, fail
 from core.data import load_data
 from core.machine import choose_machine
-from core.run import save_checkpoint
+from core.checkpoint import save_checkpoint
 
 # -----------------------------------------------------------------------------
 against = "test"             # the test digits; or train, the last 10,000 training digits

@@ -27,7 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from configurator import configure, explained, fail
-from core.run import load_checkpoint
+from core.checkpoint import load_checkpoint
 from quality import FOLDER, load_digits, load_judge, read_pictures, score, teach_pupils
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +51,7 @@ def minutes_of(run):
     """Minutes that a run has trained, from its log.csv; calls fail() if it does not say."""
     with explained(f"{run}: "), open(Path(run, "log.csv")) as f:
         last = list(csv.DictReader(f))[-1:]
-    if not last or "seconds" not in last[0]:
+    if not last or not last[0].get("seconds"):
         fail(f"{run}/log.csv has no seconds: train the run again with this version")
     return float(last[0]["seconds"]) / 60
 
@@ -100,7 +100,7 @@ def this_machine():
     except OSError:                                  # not Linux
         names = []
     name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}"
+    return f"{name}, threads: {torch.get_num_threads()}, torch {torch.__version__.split('+')[0]}"
 
 
 def listed(values, form):

@@ -45,7 +45,8 @@ def run_of(tmp_path_factory):
     @functools.cache
     def train(script):
         cwd = tmp_path_factory.mktemp(script)
-        return cwd, here(script, *TINY, "--max_iters=40", "--learning_rate=2e-2", cwd=cwd)
+        args = [*TINY, "--batch_size=16", "--max_iters=40", "--learning_rate=2e-2"]
+        return cwd, here(script, *args, cwd=cwd)
 
     return train
 

@@ -19,7 +19,7 @@ import core.data
 
 ROOT = Path(__file__).parent.parent
 TINY = (
-    "--dataset=synthetic --image_size=8 --channels=8 --batch_size=16 --warmup_iters=4 "
+    "--dataset=synthetic --image_size=8 --channels=8 --batch_size=32 --warmup_iters=4 "
     "--sample_steps=2 --log_interval=4 --eval_interval=20 --device=cpu"
 ).split()
 
@@ -73,6 +73,19 @@ def refused(script, *args, cwd, message):
     code, out, err = run_here(script, *args, cwd=cwd)
     assert code == 2 and err.count("\n") == 1 and message in err, out + err
     assert sorted(cwd.rglob("*")) == before
+
+
+def stop_after(iterations, monkeypatch):
+    """SIGTERM comes in each of these iterations of a run in this process."""
+    clip, iteration = torch.nn.utils.clip_grad_norm_, [0]
+
+    def stopping(*a):  # called once an iteration
+        iteration[0] += 1
+        if iteration[0] in iterations:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return clip(*a)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", stopping)
 
 
 def lines(table):

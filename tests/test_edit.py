@@ -1,7 +1,6 @@
 """examples/inpaint.py, enlarge.py and vary.py: pictures filled in, enlarged and varied."""
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest

@@ -363,10 +363,10 @@ def test_offload_changes_nothing_on_a_cpu(tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_ends_by_the_clock_its_rate_near_zero(script, tmp_path):
-    args = ["--minutes=0.07", "--log_interval=2", "--eval_interval=1000000", "--out_dir=x"]
+    args = ["--minutes=0.04", "--log_interval=2", "--eval_interval=1000000", "--out_dir=x"]
     start = time.monotonic()
     here(script, *TINY, *args, "--max_iters=1000000", cwd=tmp_path)
-    assert 3 < time.monotonic() - start < 30
+    assert 2 < time.monotonic() - start < 30
     rows = [row.split(",") for row in (tmp_path / "x" / "log.csv").read_text().splitlines()[1:]]
     rates = [float(row[2]) for row in rows]
     assert max(rates) > 1e-3 and rates[-1] < 0.1 * max(rates) and len(rows) > 5
@@ -376,9 +376,9 @@ def test_a_run_ends_by_the_clock_its_rate_near_zero(script, tmp_path):
 
 
 def test_minutes_outlast_max_iters(tmp_path):
-    said = here("cfm", *TINY, "--minutes=0.05", "--log_interval=2", "--max_iters=4", "--out_dir=x",
+    said = here("cfm", *TINY, "--minutes=0.03", "--log_interval=2", "--max_iters=4", "--out_dir=x",
                 cwd=tmp_path)
-    assert "iteration 2 of 4:" not in said and "iterations 0 for 0.05 minutes" in said
+    assert "iteration 2 of 4:" not in said and "iterations 0 for 0.03 minutes" in said
     end = checkpoint(tmp_path / "x")
     assert end["iteration"] == end["config"]["max_iters"] > 4
 

@@ -258,7 +258,7 @@ def test_likelihood_by_one_command(trained):
     script, cwd = trained
     fresh = [*TINY, "--max_iters=1", "--learning_rate=0", "--out_dir=fresh", "--overwrite"]
     here(script, *fresh, cwd=cwd)
-    bits, measure = {}, ["--n_samples=50", "--batch_size=20"]
+    bits, measure = {}, ["--n_samples=30", "--batch_size=20"]
     for out_dir in ("fresh", f"out/{script}"):
         out = here(PAGE, f"--out_dir={out_dir}", *measure, cwd=cwd)
         bits[out_dir], total = measured(out, "-log p(x | y) is at most"), out
@@ -275,7 +275,7 @@ def test_likelihood_by_one_command(trained):
         refused(PAGE, "--out_dir=fresh", "--steps=1", cwd=cwd,
                 message="the bound of this run takes from 2 to 1000")
     else:
-        x = load_data("synthetic", image_size=8).held_out[0][:50].double() / 127.5 - 1
+        x = load_data("synthetic", image_size=8).held_out[0][:30].double() / 127.5 - 1
         nats = x.square().mean().item() / 2 + math.log(2 * math.pi) / 2
         by_hand = math.log2(127.5) + nats / math.log(2)
         assert bits["fresh"] == pytest.approx(by_hand, abs=1e-3)

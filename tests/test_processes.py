@@ -20,7 +20,7 @@ def test_several_processes_do_what_one_does_in_as_many_micro_batches(script, n, 
     done = subprocess.run(together, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("iteration 5 of 5") == 1  # only one process prints and writes
-    assert f"of {16 * n} pictures" in done.stdout and f"{n} processes" in done.stdout
+    assert f"of {32 * n} pictures" in done.stdout and f"{n} processes" in done.stdout
     here(script, *args, "one", f"--gradient_accumulation_steps={n}", cwd=tmp_path)
     here(script, *args, "part", cwd=tmp_path)  # what the first process would do alone
     together, one, part = (
