@@ -513,10 +513,10 @@ if __name__ == "__main__":
     # Options: the defaults, or the run's own when resuming, overridden by the command line.
     config = configure(globals(), LIMITS)
     start = load_start(init_from, METHOD, out_dir, overwrite)    # a checkpoint, None from scratch
-    resuming = init_from == "resume"
-    if resuming:
+    if init_from == "resume":
         config = resume(globals(), LIMITS, UNCHANGEABLE, start)
     check_options(config)
+    resuming = init_from == "resume"
 
     # The machine, and the other processes if torchrun started some.
     device, dtype, compile = choose_machine(device, dtype, compile)

@@ -90,6 +90,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_if_it_had_not_been_stopped(trained):
     assert "iterations 20 to 40" in printed
     a, b = load(straight / "ckpt.pt"), load(resumed / "ckpt.pt")
     assert a["iteration"] == b["iteration"] == 40
+    assert a["config"].keys() == b["config"].keys()
     for part in ("model", "ema"):
         assert all(torch.equal(a[part][name], b[part][name]) for name in a[part])
     grid = "sample-40.png"

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_smoke import ROOT, here, refused
+from helpers import ROOT, here, refused
 
 from cfm import ConditionalFlowMatcher, VelocityField
 

@@ -10,7 +10,7 @@ import torch
 from exact import ONE, TWO, cdf, exact_cfm, exact_ddpm
 from exact import score as exact_score
 from PIL import Image
-from test_smoke import ROOT, here, refused
+from helpers import ROOT, here, refused
 
 from sample import euler, flow
 
