@@ -5,8 +5,8 @@ What optimal pairing gains in two dimensions: I-CFM and OT-CFM, 8 gaussians to m
     python examples/toy2d.py      # about 20 minutes on two cores; draws out/toy2d.png
 
 Tong et al. 2023 (arXiv 2302.00482), section 3.2: if noise and data are paired within each batch, at
-the least total squared distance, the flow is nearly straight. Here the flow of an MLP carries 10,000
-fresh points, in one step of Euler's method and with dopri5. Mean and deviation over five seeds:
+the least total squared distance, the flow is nearly straight. Here the flow of an MLP carries
+10,000 fresh points, in one Euler step and with dopri5. Mean and deviation over five seeds:
     W2^2        exact squared 2-Wasserstein distance from where they arrive to points of the target
     curvature   E int |v|^2 dt / E |x(1) - x(0)|^2 - 1 along dopri5's paths: 0 if all are straight
                 lines at constant speed
