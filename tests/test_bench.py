@@ -677,17 +677,20 @@ def test_record_prints_the_row_of_a_contender(runs):
     assert [cell.split(", ")[1] for cell in found[:4]] == expected and found[4] == ""
 
 
-def test_record_names_the_track(runs):
-    small = "--n_samples=2", "--machine=an abacus"
-    assert record("a", *small, "--minutes_before=0.5", cwd=runs)[0] == "three minutes"
-    row = record("a", "b", *small, "--minutes_before=0.5", cwd=runs)
-    assert (row[0], row[2], row[3]) == ("the default", "3.0, 3.5", "an abacus")
-    assert record("a", *small, "--minutes_before=10", cwd=runs)[0] == "none"
-    assert record("a", *small, "--draw=--steps=1", cwd=runs)[0] == "one evaluation"
+def test_record_names_the_track():
+    from record import track_of
+
+    tracks = {(3.0, 5): "three minutes", (3.1, 5): "the default", (12.0, 20): "the default",
+              (12.1, 5): "none", (40.0, 1): "one evaluation", (2.0, 2): "three minutes"}
+    assert {asked: track_of(*asked) for asked in tracks} == tracks
 
 
+@pytest.mark.slow
 def test_record_gives_what_the_digits_teach(runs, flowers):
-    row = record("a", "--n_samples=4", "--teach=1", cwd=runs)
+    """Of one run, drawn in one step and trained elsewhere, after other work."""
+    options = "--teach=1", "--draw=--steps=1", "--minutes_before=9", "--machine=an abacus"
+    row = record("a", "--n_samples=4", *options, cwd=runs)
+    assert row[:5] == ["one evaluation", "1337", "11.5", "an abacus", "1"]
     assert re.fullmatch(r"[\d.]+%", row[-1])
     assert len(np.load(runs / "a" / "record.npz")["arr_0"]) == 20
 
