@@ -692,13 +692,12 @@ def test_record_prints_the_row_of_a_contender(runs, drawn_here):
     assert [cell.split(", ")[1] for cell in found[:4]] == expected and found[4] == ""
 
 
-def test_record_names_the_track(runs, drawn_here):
-    small = "--n_samples=2", "--machine=an abacus"
-    assert record("a", *small, "--minutes_before=0.5", cwd=runs)[0] == "three minutes"
-    row = record("a", "b", *small, "--minutes_before=0.5", cwd=runs)
-    assert (row[0], row[2], row[3]) == ("the default", "3.0, 3.5", "an abacus")
-    assert record("a", *small, "--minutes_before=10", cwd=runs)[0] == "none"
-    assert record("a", *small, "--draw=--steps=1", cwd=runs)[0] == "one evaluation"
+def test_record_names_the_track():
+    from record import track_of
+
+    tracks = {(3.0, 5): "three minutes", (3.1, 5): "the default", (12.0, 20): "the default",
+              (12.1, 5): "none", (40.0, 1): "one evaluation", (2.0, 2): "three minutes"}
+    assert {asked: track_of(*asked) for asked in tracks} == tracks
 
 
 def test_record_gives_what_the_digits_teach(runs, flowers, drawn_here):
