@@ -49,8 +49,6 @@ PARTS = {"right": (0, 4, 2, 4), "left": (0, 4, 0, 2), "upper": (0, 2, 0, 4),
 LIMITS = dict.fromkeys(["fills", "n_pictures", "steps"], (1, math.inf)) | {"seed": (0, 2**63 - 1)}
 
 
-# ---- the method, for any projection of pictures onto those that agree with what is known ----
-
 @torch.no_grad()
 def weigh_classes(method, project, x, n_classes, trials=5, sharpness=6, randn=torch.randn_like):
     """
