@@ -35,7 +35,7 @@ from sample import ddim, draw, flow, load_run
 out_dir = "assets/cfm"
 data_dir = "data"
 against = "test"             # the test digits; or train, the last 10,000 training digits
-n = 10_000                   # the first ones of these
+n = 10_000                   # of these, evenly spread
 rows = ""                    # which, in order; "": all
 batch_size = 250
 seed = 0
@@ -127,7 +127,7 @@ if __name__ == "__main__":
     train_split, test_split = load_digits(data_dir)
     x, y = test_split if against == "test" else [part[-10_000:] for part in train_split]
     network, references = load_judge()
-    x, y = x[:n], y[:n]
+    x, y = (part[::10_000 // n][:n] for part in (x, y))
     print(f"{n} {against} digits, seed {seed}, {out_dir}")
     print(f"{'':20} {'share':>7} {'x floor':>8} {'seam':>6} {'consistent':>10} {'CPU minutes':>11}")
     for name in wanted:

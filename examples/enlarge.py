@@ -43,34 +43,33 @@ data_dir = ""             # where the run's data are, if they have moved
 seed = 0
 device = "auto"
 # -----------------------------------------------------------------------------
-LIMITS = {"seed": (0, 2**63 - 1),
-          **dict.fromkeys(["factor", "versions", "n_pictures", "steps"], (1, math.inf))}
+LIMITS = {"seed": (0, 2**63 - 1), "factor": (2, math.inf),
+          **dict.fromkeys(["versions", "n_pictures", "steps"], (1, math.inf))}
 
 
 def project_means(x, small, factor):
     """
-    The nearest picture to x (B, C, H, W) with values in [-1, 1] and blocks of the means small.
+    Pictures near x (B, C, H, W) within [-1, 1], with means over blocks as in small: exactly both.
 
-    All values of a block move by one amount, found by bisection, and stop at the ends of the range.
+    All of a block moves by one amount, found by bisection, in atanh(x), so that black and white
+    hardly move: the nearest by Kullback-Leibler divergence, as if of biased coins.
     """
-    blocks = F.pixel_unshuffle(x, factor).unflatten(1, (x.shape[1], factor**2))
-    reach = 1 + x.abs().max()                        # moved by this, all are at one end
-    low, high = torch.zeros_like(small[:, :, None]) - reach, reach
-    for _ in range(26):
+    blocks = F.pixel_unshuffle(x.clamp(-0.999, 0.999).atanh(), factor)
+    blocks = blocks.unflatten(1, (-1, factor**2))    # (B, C, values of a block, h, w)
+    low, high = torch.full_like(small[:, :, None], -20), 20          # either puts all at one end
+    for _ in range(30):
         middle = (low + high) / 2
-        below = (blocks + middle).clamp(-1, 1).mean(2, keepdim=True) < small[:, :, None]
+        below = (blocks + middle).tanh().mean(2, keepdim=True) < small[:, :, None]
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    return F.pixel_shuffle((blocks + low).clamp(-1, 1).flatten(1, 2), factor)
+    return F.pixel_shuffle((blocks + low).tanh().flatten(1, 2), factor)
 
-
-# ---- the method, for any projection of pictures onto those that agree with what is known ----
 
 @torch.no_grad()
 def weigh_classes(method, project, x, n_classes, trials=5, sharpness=6, randn=torch.randn_like):
     """
     How likely each class is, given what is known of each picture: (B, n_classes), summing to 1.
 
-    x (B, C, H, W) is any picture, and project(x) the nearest that agrees with what is known. With x
+    x (B, C, H, W) is any picture, and project(x) one near it that agrees with what is known. With x
     as the model predicts it, told the class, log |project(x) - x|^2 is -2 / n times the log
     likelihood of n Gaussian errors of unknown width. Li et al. 2023 (arXiv 2303.16203) classify
     whole pictures by such errors. sharpness stands for n / 2: these errors are not independent.
@@ -122,8 +121,8 @@ if __name__ == "__main__":
     if picture:
         given = read_picture(picture, (C, H // factor, W // factor), background, invert)
     else:
-        given = load_held_out(config, checkpoint, n_pictures, data_dir=data_dir)[0]
-        given = F.avg_pool2d(given.float(), factor).round()
+        large, _ = load_held_out(config, checkpoint, n_pictures, data_dir=data_dir)
+        given = F.avg_pool2d(large.float(), factor).round()
     if Path(save).suffix not in ("", ".png"):
         fail(f"--save={save} must end in .png, or be a new folder")
     claimed = claim(Path(save))                      # of a folder, its lock

@@ -49,14 +49,12 @@ PARTS = {"right": (0, 4, 2, 4), "left": (0, 4, 0, 2), "upper": (0, 2, 0, 4),
 LIMITS = dict.fromkeys(["fills", "n_pictures", "steps"], (1, math.inf)) | {"seed": (0, 2**63 - 1)}
 
 
-# ---- the method, for any projection of pictures onto those that agree with what is known ----
-
 @torch.no_grad()
 def weigh_classes(method, project, x, n_classes, trials=5, sharpness=6, randn=torch.randn_like):
     """
     How likely each class is, given what is known of each picture: (B, n_classes), summing to 1.
 
-    x (B, C, H, W) is any picture, and project(x) the nearest that agrees with what is known. With x
+    x (B, C, H, W) is any picture, and project(x) one near it that agrees with what is known. With x
     as the model predicts it, told the class, log |project(x) - x|^2 is -2 / n times the log
     likelihood of n Gaussian errors of unknown width. Li et al. 2023 (arXiv 2303.16203) classify
     whole pictures by such errors. sharpness stands for n / 2: these errors are not independent.

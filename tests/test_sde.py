@@ -9,8 +9,8 @@ import pytest
 import torch
 from exact import ONE, TWO, cdf, exact_cfm, exact_ddpm
 from exact import score as exact_score
-from PIL import Image
 from helpers import ROOT, here, refused
+from PIL import Image
 
 from sample import euler, flow
 
