@@ -488,7 +488,7 @@ def test_four_processes_and_one_is_killed(tmp_path):
     two = [*TORCHRUN, "--nproc_per_node=2", *command("cfm", *RESUME, f"--max_iters={at + 4}")[1:]]
     done = subprocess.run(two, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert f"iterations {at} to {at + 4}, of 32 pictures" in done.stdout
+    assert f"iterations {at} to {at + 4}, of 64 pictures" in done.stdout
 
 
 def test_a_run_by_the_clock_that_was_stopped_can_be_resumed(tmp_path, monkeypatch):
