@@ -239,6 +239,7 @@ class VelocityField:
     """
     textbook = ["textbook"]      # what sample.py calls sample()
     most_steps = math.inf        # that a sampler can take
+    means = None                 # of the pictures, by class: they make sample.py's first step
 
     def __init__(self, v_model, matcher, t_mean=0.0, t_uniform=1.0):
         self.v_model = v_model
@@ -323,15 +324,16 @@ def classifier_free_guidance(model, t, x, y, scale):
 
 def draw_times(n, mean, uniform, device="cpu"):
     """
-    n training times in [0, 1]: round(uniform n) are uniform, the rest sigmoid(N(mean, 1)).
+    n training times in [0, 1]: uniform with probability uniform, or else sigmoid(N(mean, 1)).
 
     Esser et al. 2024 (arXiv 2403.03206), section 3.1. At both ends the best prediction is little
     more than a mean: most of what can be learned lies in between.
     """
-    k = round(uniform * n)
-    flat = torch.rand(k, device=device)
-    normal = mean + torch.randn(n - k, device=device)
-    return torch.cat([flat, normal.sigmoid()])
+    t = torch.rand(n, device=device)
+    if uniform < 1:
+        normal = mean + torch.randn(n, device=device)
+        t = torch.where(torch.rand(n, device=device) < uniform, t, normal.sigmoid())
+    return t
 
 
 # -----------------------------------------------------------------------------
@@ -374,7 +376,8 @@ ema_decay = 0.999         # of the averaged weights, which are used for sampling
 #                           to 0.999 at iteration 8,990: until then a longer one changes nothing
 # grids
 sampler = "dpm++"         # or textbook, for sample() above, or one of SAMPLERS in sample.py
-sample_steps = 5          # steps, not evaluations: midpoint and heun take two of these, rk4 four
+sample_steps = 6          # the first is known, so five evaluations; midpoint and heun have two a
+#                           step, rk4 four
 guidance = 1.0            # guidance scale: 0 unconditional, 1 conditional, above 1 stronger
 # machine
 device = "auto"           # cuda, cuda:1, mps or cpu; auto: the first that is available
@@ -504,7 +507,8 @@ def sample_grid(method, noise, y):
 
 if __name__ == "__main__":
     from configurator import configure, explained, say
-    from core.checkpoint import load_start, require_same_data, restore, resume, take_weights
+    from core.checkpoint import (in_half, load_start, require_same_data, restore, resume,
+                                 take_weights)
     from core.data import evaluation_batches, load_data
     from core.machine import choose_machine, describe, init_distributed, wrap
     from core.run import Run, survive
@@ -549,16 +553,17 @@ if __name__ == "__main__":
         take_weights(model, start, init_from, config, UNCHANGEABLE, data.classes)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = make_optimizer(model)
-    it = 0
+    it, early = 0, {}                                # early: averages, for autoguidance in sample.py
     losses = torch.zeros(2, device=device)           # sum and count since the last log line
     if resuming:
         require_same_data(start, dataset, data, model_args, changed_data)
         restore(start, model=model, ema=ema, optimizer=optimizer, scaler=scaler)
-        it = start["iteration"]
+        it, early = start["iteration"], start["early"]
         losses += start["losses"].to(device)
 
     wrapped = wrap(model, compile, gradient_accumulation_steps, world_size)
     method, ema_method = build(wrapped, config, device), build(ema, config, device)
+    means = ema_method.means = data.means(label_dropout, flip)
 
     # The run, and what it is about to do.
     pictures_per_iter = batch_size * gradient_accumulation_steps * world_size
@@ -598,10 +603,12 @@ if __name__ == "__main__":
         if logging:
             run.log(it, loss, lr, speed, held_out, optimizer)
             losses.zero_()
+        if evaluating and not early and max_iters / 4 <= it < max_iters:
+            early = in_half(ema.state_dict())
         if evaluating or run.stopping:
             run.save(method=METHOD, config=config, iteration=it, losses=losses,
                      model_args=model_args, picture_shape=picture_shape, data=data.summary(),
-                     model=model.state_dict(), ema=ema.state_dict(),
+                     means=means, early=early, model=model.state_dict(), ema=ema.state_dict(),
                      optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
         if evaluating:
             with autocast, survive(FloatingPointError, "draw a grid"):    # dopri5 may fail

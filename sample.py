@@ -15,6 +15,7 @@ and dpm++ cannot be used there.
 
 The same seed gives the same pictures, whatever the batch_size, up to rounding.
 """
+import copy
 import importlib
 import math
 import os
@@ -39,6 +40,8 @@ eta = 0.0                 # noise in each step of ddim: 0 none, 1 as in ancestra
 clip = True               # clip predicted data to [-1, 1]; with cfm, only ddim and dpm++ predict it
 guidance = 1.0            # guidance scale: 0 unconditional, 1 conditional, above 1 stronger
 guidance_interval = (0.0, 1.0)  # times at which guidance acts: 0 is noise, 1 is data
+autoguidance = 1.0        # above 1: away from what earlier weights of the run would draw, at twice
+#                           the evaluations
 labels = ""               # the classes to draw, in turn: 3 or 3,1,4 or cat,dog; "": all of them
 seed = 0                  # of the noise
 ema = True                # the averaged weights; false: the latest
@@ -50,7 +53,7 @@ LIMITS = {
     "seed": (0, 2**63 - 1),
     "guidance_interval": (0, 1),
     "n_samples": (1, math.inf),
-    **dict.fromkeys(["steps", "guidance", "batch_size"], (0, math.inf)),
+    **dict.fromkeys(["steps", "guidance", "autoguidance", "batch_size"], (0, math.inf)),
 }
 
 
@@ -222,20 +225,33 @@ def times(method, sampler, steps):
     return method.times(steps, even=sampler in LOOK_AHEAD)
 
 
+def mean_picture(means, y=None, guidance=1.0):
+    """
+    E[data | noise] (B, C, H, W) at tau = 0, where z is all noise: the mean picture of each label.
+
+    means (1 + classes, C, H, W) begin with that of all pictures, which are no label's.
+    """
+    return means[:1] if y is None else torch.lerp(means[:1], means[y + 1], guidance)
+
+
 def flow(method, y=None, guidance=1.0, clip=False, interval=(0.0, 1.0), watch=None, dtype=None):
     """
     The method's velocity as a function v(tau, z), tau a number or (B,), for labels y (B,) or None.
 
     Guidance acts where tau, then a number, is in the interval (Kynkaanniemi et al. 2024, arXiv
-    2404.07724). watch(tau, z), if given, is called at each evaluation. dtype is the model's, unless
-    it is that of z.
+    2404.07724). At tau = 0 the data are independent of z, so their mean is the best prediction: if
+    the method has means, the model is not called there. watch(tau, z), if given, is called at each
+    evaluation. dtype is the model's, unless it is that of z.
     """
     low, high = interval
+    known = method.means is not None and method.straight and method.renewable
 
     def v(tau, z):
         if watch:
             watch(tau, z)
         acts = (low, high) == (0, 1) or low <= tau <= high
+        if known and not torch.is_tensor(tau) and tau < 1e-3:
+            return mean_picture(method.means, y, guidance if acts else 1.0) - z
         exact = torch.promote_types(z.dtype, torch.float32)
         tau = torch.as_tensor(tau, dtype=exact, device=z.device).expand(len(z))
         return method.velocity(tau, z.to(dtype=dtype), y, guidance if acts else 1.0, clip)
@@ -244,12 +260,13 @@ def flow(method, y=None, guidance=1.0, clip=False, interval=(0.0, 1.0), watch=No
 
 
 @torch.no_grad()
-def draw(method, noise, y=None, sampler="dpm++", steps=5, guidance=1.0, clip=True,
+def draw(method, noise, y=None, sampler="dpm++", steps=6, guidance=1.0, clip=True,
          interval=(0.0, 1.0), watch=None, **options):
     """
     Pictures (B, *dim), in about [-1, 1], from noise (B, *dim) and labels y (B,) or None.
 
     Model evaluations per step: 2 for midpoint and heun, 4 for rk4, 6 for dopri5, 1 for the others.
+    The first one is saved if the method has means, see flow().
     options are the sampler's own: eta, randn, atol, rtol. ValueError if it does not fit. The model
     is called in the noise's dtype; sums are in float32, or in float64 if the noise is.
     """
@@ -270,12 +287,28 @@ def draw(method, noise, y=None, sampler="dpm++", steps=5, guidance=1.0, clip=Tru
 
 # ---- runs ----
 
-def load_run(folder, ema=True, device="cpu"):
+class Autoguided(torch.nn.Module):
+    """
+    early + scale (model - early), (B, *dim): further away from an earlier, worse self.
+
+    Karras et al. 2024 (arXiv 2406.02507), section 3.
+    """
+
+    def __init__(self, model, early, scale):
+        super().__init__()
+        self.model, self.early, self.scale = model, early, scale
+
+    def forward(self, t, x, y=None):
+        return torch.lerp(self.early(t, x, y), self.model(t, x, y), self.scale)
+
+
+def load_run(folder, ema=True, device="cpu", autoguidance=1.0):
     """
     (method, config, checkpoint) of the run in a folder, with its averaged or its latest weights.
 
     method is its VelocityField or DenoiseDiffusion, config all its options, and checkpoint what
-    core.checkpoint.load_checkpoint() returns. Calls fail() if there is none, or if it does not fit.
+    core.checkpoint.load_checkpoint() returns. Unless autoguidance is 1, the method's model is
+    Autoguided by the run's early weights. Calls fail() if there is no run, or if it does not fit.
     """
     from configurator import Options, explained, fail
     from core.checkpoint import load_checkpoint
@@ -287,19 +320,28 @@ def load_run(folder, ema=True, device="cpu"):
         fail(f"{path} is from another method: {checkpoint['method']}")
     if not ema and not checkpoint["model"]:
         fail(f"{path} holds only the averaged weights")
+    if autoguidance != 1 and not checkpoint["early"]:
+        fail(f"--autoguidance={autoguidance}: {path} holds no early weights to be guided by")
     script = importlib.import_module(checkpoint["method"])
     config = Options(vars(script), script.LIMITS).restored(checkpoint["config"])
     with explained(f"{path} is from another version of this program: "):
         model = UNet(**checkpoint["model_args"]).eval().requires_grad_(False)
         model = model.to(device, memory_format=torch.channels_last)
         model.load_state_dict(checkpoint["ema" if ema else "model"])
+        if autoguidance != 1:
+            early = copy.deepcopy(model)
+            early.load_state_dict(checkpoint["early"])
+            model = Autoguided(model, early, autoguidance)
         args, names = checkpoint["model_args"], checkpoint["data"]["classes"]
         if args["num_classes"] != len(names) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{args['num_classes']} classes, but these names: {names}")
         C, H, W = checkpoint["picture_shape"]
         if C != args["in_channels"] or min(H, W) < 1:
             raise ValueError(f"pictures of {C, H, W}")
-        return script.build(model, config, device), config, checkpoint
+        method = script.build(model, config, device)
+        if checkpoint["means"] is not None:
+            method.means = checkpoint["means"].to(device, torch.float32)
+        return method, config, checkpoint
 
 
 def wanted_classes(labels, classes):
@@ -369,7 +411,8 @@ class Evaluations:
     """Counts the evaluations of a model. If they take long, it prints their number now and then."""
 
     def __init__(self, model):
-        model.register_forward_hook(self.add)
+        for network in [model.model, model.early] if isinstance(model, Autoguided) else [model]:
+            network.register_forward_hook(self.add)
         self.restart()
 
     def restart(self):
@@ -409,7 +452,7 @@ if __name__ == "__main__":
     if os.environ.get("RANK", "0") != "0":                   # of torchrun's processes, one draws
         raise SystemExit(0)
     device, _, _ = choose_machine(device)
-    method, config, checkpoint = load_run(out_dir, ema, device)
+    method, config, checkpoint = load_run(out_dir, ema, device, autoguidance)
     classes = checkpoint["data"]["classes"]
     C, H, W = checkpoint["picture_shape"]
 

@@ -17,7 +17,7 @@ CONTENT = {"method": str, "config": dict, "model_args": dict, "picture_shape": t
            "data": dict, "iteration": int, "losses": torch.Tensor, "model": dict, "ema": dict,
            "optimizer": dict, "scaler": dict}
 WRITTEN = r"ckpt\.pt|ckpt-previous\.pt|log\.csv|sample-\d+\.png"   # what a run leaves in its folder
-LATER = {"seconds": 0.0, "limits": {}}               # what checkpoints have had since, if anything
+LATER = {"seconds": 0.0, "limits": {}, "means": None, "early": {}}      # newer than CONTENT
 
 
 @contextlib.contextmanager
@@ -93,6 +93,12 @@ def save_checkpoint(path, **content):
             except OSError:                          # a file system without hard links
                 shutil.copyfile(path, kept)
             os.replace(kept, backup_path(path))
+
+
+def in_half(state):
+    """A copy of a state dict on the CPU, with its floating-point tensors in float16."""
+    return {name: v.to("cpu", torch.float16 if v.is_floating_point() else v.dtype, copy=True)
+            for name, v in state.items()}
 
 
 def load_checkpoint(path, method=None):

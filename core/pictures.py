@@ -45,6 +45,29 @@ class Data:
                 "shape": tuple(self.train[0].shape[1:]), "classes": list(self.classes),
                 "checksum": self.checksum}
 
+    def means(self, label_dropout=0.0, flip=False):
+        """
+        Mean training pictures (1 + classes, C, H, W) in [-1, 1]: without a label, then by class.
+
+        Without a label are those that have none, and label_dropout of the others. None if there are
+        fewer than 100 of a class: their mean would tell little of others, and much of themselves.
+        """
+        x, y = self.train
+        rows, y = 1 + len(self.classes), y.to(x.device)
+        counts = torch.bincount(y + 1, minlength=rows)
+        if counts.sum() < 100 or rows > 1 and counts[1:].min() < 100:
+            return None
+        sums = torch.zeros(rows, *x.shape[1:], dtype=torch.long, device=x.device)
+        for pictures, labels in zip(x.split(100), y.split(100)):     # saves memory
+            sums.index_add_(0, labels + 1, pictures.long())
+        weights = torch.full((rows,), max(label_dropout, 1e-9), dtype=torch.double)
+        weights[0] = 1                                       # those without a label
+        sums, counts = sums.double().cpu(), counts.double().cpu()
+        sums[0], counts[0] = torch.tensordot(weights, sums, 1), weights @ counts
+        means = (sums / counts[:, None, None, None] / 127.5 - 1).float()
+        means = (means + means.flip(3)) / 2 if flip else means
+        return means.to(self.train[1].device)
+
     def differences(self, before):
         """In words, how the data differ from those with the summary before; "" if they do not."""
         now, found = self.summary(), []
