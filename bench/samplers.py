@@ -15,7 +15,7 @@ of steps, add --against=train: the distance is then to the last 10,000 training 
 10,000 pictures have a larger distance, so compare only within the tables. An entry takes as many
 steps as its evaluations of the model allow. For midpoint and rk4 with cfm.py that may be none. For
 heun, and for every sampler with ddpm.py, it is at least the last step, straight to the data, which
-takes one.
+takes one. The first step of a run with mean pictures has one evaluation fewer.
 """
 import math
 import sys
@@ -97,7 +97,8 @@ def curves(method, model, is_ddpm, samplers, judge):
     found = {}
     for sampler in samplers:
         for most in EVALUATIONS:
-            steps = steps_for(sampler, most, is_ddpm)
+            saved = method.means is not None         # the first evaluation
+            steps = steps_for(sampler, most + saved, is_ddpm)
             if not steps:
                 continue
             x, y, evaluations = draw_digits(method, model, sampler, steps)
