@@ -6,7 +6,7 @@ Conditional flow matching in one file: Lipman et al. 2022 (arXiv 2210.02747) and
     python cfm.py --sigma=0.1 --batch_size=128                 # any option below; --help lists them
     python cfm.py --dataset=path/to/pictures --image_size=64   # your own, labelled by subfolders
     python cfm.py --init_from=resume                           # continue a run that was stopped
-    torchrun --standalone --nproc_per_node=4 cfm.py            # on four GPUs
+    torchrun --standalone --nproc_per_node=4 cfm.py            # four processes, for as many GPUs
 
 Noise x0, at t = 0, flows to data x1, at t = 1, along dx/dt = v(t, x). We choose the path from
 one x0 to one x1: a straight line, of velocity x1 - x0. A model trained to predict that from x_t and
@@ -24,9 +24,9 @@ import torch
 # the method; the options of training, the same in ddpm.py, are below
 out_dir = "out/cfm"       # for checkpoints, grids and log.csv
 path = "icfm"             # noise to data: icfm, ot, target, vp, sb or sb_exact; see the classes
-sigma = 0.0               # width of the path around its mean; sb needs it above 0, such as 0.5
+sigma = 0.0               # standard deviation of the path; sb needs it above 0, such as 0.5
 t_mean = -0.4             # training times are sigmoid(N(t_mean, 1)); t = 0 is noise
-t_uniform = 0.02          # fraction of each batch with uniform times instead
+t_uniform = 0.02          # probability of a uniform time instead
 # -----------------------------------------------------------------------------
 METHOD = "cfm"
 METHOD_LIMITS = {"sigma": (0, math.inf), "t_mean": (-5, 5), "t_uniform": (0, 1)}   # (least, most)
@@ -40,13 +40,13 @@ class ConditionalFlowMatcher:
     Its mean is a straight line, mu_t = t x1 + (1 - t) x0, and sigma_t = sigma is constant. Any
     Gaussian path has the velocity
         u_t(x | x0, x1) = sigma_t' / sigma_t (x - mu_t) + mu_t'      (Lipman et al., theorem 3),
-    which here is just mu_t' = x1 - x0. So training takes place at xt = t x1 + (1 - t) x0 + sigma
-    epsilon, with ut = x1 - x0 as the target. The other paths below override what differs.
+    Here sigma_t' = 0, so it is mu_t' = x1 - x0. Training takes place at xt = t x1 + (1 - t) x0 +
+    sigma epsilon, with ut = x1 - x0 as the target. The other paths below override what differs.
 
     Throughout, x0, x1, xt and ut are (B, *dim), and t is (B,) in [0, 1]. Raises ValueError for a
     negative sigma.
     """
-    straight = True              # so xt and its velocity determine x0 and x1, see sample.py
+    straight = True              # without sigma, x1 = xt + (1 - t) ut and x0 = xt - t ut
     independent = True           # noise and data are drawn independently of each other
     margin = 0.0                 # training stays this far from t = 0 and t = 1
 
@@ -104,14 +104,15 @@ class ExactOptimalTransportConditionalFlowMatcher(ConditionalFlowMatcher):
     """
     OT-CFM of Tong et al.: the same path, with noise and data paired within each batch.
 
-    Pairs minimise the total squared distance, which makes the flow straighter. Only x0 is
+    The pairing minimises the total squared distance, which makes the flow straighter. Only x0 is
     reordered, so labels still match, and no picture is lost. With labels y, pairing is within each
     class; otherwise the noise of a class would not be Gaussian.
     """
     independent = False
 
     def pair(self, x0, x1, y=None):
-        pictures, noise = [v.detach().flatten(1).float().cpu() for v in (x1, x0)]
+        pictures = x1.detach().flatten(1).float().cpu()
+        noise = x0.detach().flatten(1).float().cpu()
         cost = torch.cdist(pictures, noise) ** 2         # (B, B)
         if not cost.isfinite().all():
             raise ValueError("x0 or x1 is not finite, so they cannot be paired")
@@ -132,7 +133,7 @@ class ExactOptimalTransportConditionalFlowMatcher(ConditionalFlowMatcher):
 
 
 class TargetConditionalFlowMatcher(ConditionalFlowMatcher):
-    """Lipman et al., eq. 20 and 21: from N(0, I), whatever x0 is, to N(x1, sigma^2)."""
+    """Lipman et al., eq. 20 and 21: from N(0, I), epsilon and not x0, to N(x1, sigma^2)."""
 
     def compute_mu_t(self, x0, x1, t):
         return expand_like(t, x1) * x1
@@ -201,7 +202,7 @@ def sinkhorn(cost, reg, tolerance=0.01, max_iters=1000):
     1306.0895). Logarithms avoid underflow. reg is annealed from a large value, to converge fast.
     """
     cost = cost.double()
-    temperature = 4 * max(reg, cost[cost.isfinite()].max().item())
+    temperature = 4 * max(reg, cost[cost.isfinite()].max().item())     # the loop begins at a fourth
     f = g = torch.zeros(len(cost), device="cpu", dtype=torch.float64)   # the dual potentials
     while temperature > reg:
         temperature = max(reg, temperature / 4)
@@ -235,11 +236,12 @@ class VelocityField:
     t_mean, t_uniform  the distribution of training times, see draw_times(); by default uniform
 
     x0 and x1 are (B, *dim), t is (B,) in [0, 1]. Labels y are long (B,), -1 for none, or None. The
-    model is called in their dtype; times and sums stay in float32, or in float64.
+    model is called in the dtype of the pictures or the noise; times and sums stay in float32, or in
+    float64.
     """
-    textbook = ["textbook"]      # what sample.py calls sample()
-    most_steps = math.inf        # that a sampler can take
-    means = None                 # of the pictures, by class: they make sample.py's first step
+    textbook = ["textbook"]      # the names by which sample.py calls sample()
+    most_steps = math.inf        # the most steps that a sampler may take
+    means = None                 # mean pictures, by class: with them sample.py takes its first step
 
     def __init__(self, v_model, matcher, t_mean=0.0, t_uniform=1.0):
         self.v_model = v_model
@@ -247,10 +249,10 @@ class VelocityField:
         self.t_mean = t_mean
         self.t_uniform = t_uniform
         self.straight = matcher.straight
-        self.renewable = matcher.independent and matcher.sigma == 0    # the noise in xt, see ddim
+        self.renewable = matcher.independent and matcher.sigma == 0    # a sampler may renew noise
 
     def loss(self, x1, y=None, noise=None, u=None):
-        """E |v(t, xt) - ut|^2 for pictures x1. Noise x0 and times u (B,) are drawn unless given."""
+        """E |v(t, xt) - ut|^2 for pictures x1. Noise x0, times u (B,): drawn unless given."""
         t = draw_times(len(x1), self.t_mean, self.t_uniform, x1.device) if u is None else u
         t = t.clamp(self.matcher.margin, 1 - self.matcher.margin)
         x0 = self.matcher.sample_noise_like(x1) if noise is None else noise
@@ -283,9 +285,9 @@ class VelocityField:
         """
         The steps + 1 times of a sampler of sample.py, from 0 (noise) to 1 (data).
 
-        Steps are shorter near the noise, where shapes are decided: u / (2 - u) for evenly spaced u
+        Steps are shorter near the noise, where shapes are decided: s / (2 - s) for evenly spaced s
         (Esser et al. 2024, arXiv 2403.03206, section 5.3.2). even=True spaces them evenly instead,
-        for samplers that look ahead: midpoint, heun, rk4.
+        for samplers that evaluate the model ahead: midpoint, heun, rk4.
         """
         if even:
             return [i / steps for i in range(steps + 1)]
@@ -298,7 +300,7 @@ def build(model, config, device="cpu"):
     return VelocityField(model, matcher, config["t_mean"], config["t_uniform"])
 
 
-# ==== training: from here on ddpm.py and cfm.py are the same, byte for byte ====
+# ==== the same in ddpm.py and cfm.py from here on, byte for byte: guidance, times, training ====
 
 def expand_like(t, x):
     """t (B,), or a number, reshaped to (B, 1, ...) to broadcast against x (B, *dim)."""
@@ -312,7 +314,7 @@ def classifier_free_guidance(model, t, x, y, scale):
     Ho & Salimans 2022 (arXiv 2207.12598). At scale 1, or without labels, it is the plain model.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)     # in half precision errors would add up
-    if t.is_floating_point():                               # nearby times must stay apart
+    if t.is_floating_point():                               # in bfloat16 nearby times are the same
         t = t.to(torch.promote_types(t.dtype, dtype))
     if y is None or scale == 1:
         return model(t=t, x=x, y=y).to(dtype)
@@ -324,7 +326,7 @@ def classifier_free_guidance(model, t, x, y, scale):
 
 def draw_times(n, mean, uniform, device="cpu"):
     """
-    n training times in [0, 1]: uniform with probability uniform, or else sigmoid(N(mean, 1)).
+    n training times in [0, 1]: each is uniform with probability uniform, else sigmoid(N(mean, 1)).
 
     Esser et al. 2024 (arXiv 2403.03206), section 3.1. At both ends the best prediction is little
     more than a mean: most of what can be learned lies in between.
@@ -359,12 +361,13 @@ channel_mults = (1, 2)    # width of each level, as a multiple; the resolution h
 n_res_blocks = 1          # residual blocks per level
 attention_levels = (2,)   # levels with attention, from 0; one past the last is the middle block
 dropout = 0.0             # inside the residual blocks
-patch = 2                 # fold patch x patch pixels into channels: 2 runs at half the resolution
+patch = 2                 # fold patch x patch pixels into channels: 2 halves the resolution
 # training
 batch_size = 64           # per process; with accumulation, the micro-batch size
 gradient_accumulation_steps = 1  # micro-batches per optimizer step
 max_iters = 9380          # optimizer steps: ten epochs of MNIST
-minutes = 0.0             # train for this long: each log line adjusts max_iters; 0: for max_iters
+minutes = 0.0             # if above 0, train for this long: each log line adjusts max_iters, and so
+#                           the decay
 muon = True               # Muon for convolution kernels, AdamW for the rest; false: AdamW for all
 learning_rate = 6e-3      # peak, before the decay
 warmup_iters = 100        # linear warm-up from 0
@@ -373,11 +376,11 @@ weight_decay = 0.01       # decoupled, as in AdamW
 adam_beta2 = 0.99         # decay of AdamW's second moment; 0.999 is the usual value
 grad_clip = 1.0           # clip the gradient's norm; 0: no clipping
 ema_decay = 0.999         # of the averaged weights, which are used for sampling; ramps up from 0.1,
-#                           to 0.999 at iteration 8,990: until then a longer one changes nothing
+#                           to 0.999 at iteration 8,990: a higher one changes nothing before that
 # grids
 sampler = "dpm++"         # or textbook, for sample() above, or one of SAMPLERS in sample.py
-sample_steps = 6          # the first is known, so five evaluations; midpoint and heun have two a
-#                           step, rk4 four
+sample_steps = 6          # the first needs no evaluation of the model, so five in all; midpoint and
+#                           heun have two a step, rk4 four
 guidance = 1.0            # guidance scale: 0 unconditional, 1 conditional, above 1 stronger
 # machine
 device = "auto"           # cuda, cuda:1, mps or cpu; auto: the first that is available
@@ -417,7 +420,7 @@ def check_options(config):
         method = build(lambda t, x, y: x, config)    # a stand-in for the network
         check_sampler(sampler, method)
         check_guidance(guidance, conditional, label_dropout)
-        method.loss(torch.zeros(2, 1))               # is all there that the loss needs?
+        method.loss(torch.zeros(2, 1))               # fails now if scipy is missing
     folder, pictures = Path(out_dir).resolve(), Path(dataset).resolve()
     if folder.is_dir() and folder.is_relative_to(pictures) and find_pictures(folder)[0]:
         fail(f"--out_dir={out_dir} holds pictures of --dataset={dataset}: choose another one")
@@ -469,21 +472,21 @@ def update_weights(model, optimizer, scaler, lr):
 @torch.no_grad()
 def update_average(ema, model, it):
     """
-    Move the averaged weights towards the latest ones.
+    Moves the averaged weights towards the latest ones.
 
     Averaging smooths out the noise of single steps, and gives better samples. The decay starts low,
     so that the initial weights are soon forgotten. Buffers, such as BatchNorm's, follow the model.
     """
     decay = min(ema_decay, (1 + it) / (10 + it))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-    for mean, latest in zip(ema.buffers(), model.buffers()):
-        mean.copy_(latest)
+    for average, latest in zip(ema.buffers(), model.buffers()):
+        average.copy_(latest)
 
 
 @torch.no_grad()
 def evaluate(method, x, y, noise, offsets):
     """
-    Mean loss on x (N, C, H, W) with labels y (N,): over all times, then in each quarter of them.
+    Mean loss on x (N, C, H, W) with labels y (N,): at uniform times, then in each quarter of them.
 
     offsets (N,) in [0, 1) place each picture's time within the quarter.
     """
@@ -553,7 +556,7 @@ if __name__ == "__main__":
         take_weights(model, start, init_from, config, UNCHANGEABLE, data.classes)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = make_optimizer(model)
-    it, early = 0, {}                                # early: averages, for autoguidance in sample.py
+    it, early = 0, {}                                # early: averaged weights, a quarter of the way
     losses = torch.zeros(2, device=device)           # sum and count since the last log line
     if resuming:
         require_same_data(start, dataset, data, model_args, changed_data)

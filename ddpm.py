@@ -5,7 +5,7 @@ Denoising diffusion probabilistic models in one file: Ho et al. 2020 (arXiv 2006
     python ddpm.py --n_steps=1000 --batch_size=128             # any option below; --help lists them
     python ddpm.py --dataset=path/to/pictures --image_size=64  # your own, labelled by subfolders
     python ddpm.py --init_from=resume                          # continue a run that was stopped
-    torchrun --standalone --nproc_per_node=4 ddpm.py           # on four GPUs
+    torchrun --standalone --nproc_per_node=4 ddpm.py           # four processes, for as many GPUs
 
 The forward process q adds noise to a picture in n_steps small steps, until little else is left. The
 reverse process p is learned, and undoes them one by one. The bound on -log p(x0) is, except for its
@@ -31,7 +31,7 @@ prediction = "v"          # what the model predicts: eps as in Ho et al., x0, or
 weighting = "simple"      # of the loss: equal at all t; min_snr: min(snr, 5) on the error of x0
 variance = "fixedlarge"   # of p: beta; fixedsmall: beta~, that of q(x_{t-1} | x_t, x_0)
 t_mean = 0.4              # training times t / T are sigmoid(N(t_mean, 1)); 1 is noise
-t_uniform = 0.1           # fraction of each batch with uniform times instead
+t_uniform = 0.1           # probability of a uniform time instead
 # -----------------------------------------------------------------------------
 METHOD = "ddpm"
 METHOD_LIMITS = {"n_steps": (2, math.inf), "t_mean": (-5, 5), "t_uniform": (0, 1)}  # (least, most)
@@ -88,8 +88,8 @@ class DenoiseDiffusion:
     """
     straight = True       # z = tau x0 + (1 - tau) eps is a line, so velocity() determines both ends
     renewable = True      # noise and data are independent, so a sampler may draw fresh noise
-    textbook = ["textbook", "ancestral"]             # what sample.py calls sample()
-    means = None          # of the pictures, by class: they make sample.py's first step
+    textbook = ["textbook", "ancestral"]             # the names by which sample.py calls sample()
+    means = None          # mean pictures, by class: with them sample.py takes its first step
 
     def __init__(self, eps_model, n_steps=1000, device="cpu", schedule="linear",
                  prediction="eps", weighting="simple", variance="fixedlarge",
@@ -271,10 +271,10 @@ class DenoiseDiffusion:
         """
         The times tau of a sampler of sample.py, from noise to data at tau = 1: at most T steps.
 
-        Steps are shorter near the noise, where shapes are decided: u / (2 - u) for evenly spaced u
+        Steps are shorter near the noise, where shapes are decided: s / (2 - s) for evenly spaced s
         (Esser et al. 2024, arXiv 2403.03206, section 5.3.2), rounded to the next noisier t, each t
-        once. even=True spaces them evenly in t instead, for samplers that look ahead: midpoint,
-        heun, rk4. They then end at t = 0, the least noise that the model knows.
+        once. even=True spaces them evenly in t instead, for samplers that evaluate the model ahead:
+        midpoint, heun, rk4. They then end at t = 0, the least noise that the model knows.
         """
         T, steps = self.n_steps, min(steps, self.n_steps)
         if even:
@@ -282,7 +282,7 @@ class DenoiseDiffusion:
             return [self.taus[round((1 - fraction) * (T - 1))] for fraction in fractions]
         ts = []
         for i in range(steps):
-            shifted = i / (2 * steps - i)                   # u / (2 - u) for u = i / steps
+            shifted = i / (2 * steps - i)                   # s / (2 - s) for s = i / steps
             noisier = sum(tau > shifted for tau in self.taus)
             most = ts[-1] - 1 if ts else T - 1              # each t once,
             least = steps - 1 - i                           # and one left for each later step
@@ -297,7 +297,7 @@ def build(model, config, device="cpu"):
     return DenoiseDiffusion(model, device=device, unit_time=True, **options)
 
 
-# ==== training: from here on ddpm.py and cfm.py are the same, byte for byte ====
+# ==== the same in ddpm.py and cfm.py from here on, byte for byte: guidance, times, training ====
 
 def expand_like(t, x):
     """t (B,), or a number, reshaped to (B, 1, ...) to broadcast against x (B, *dim)."""
@@ -311,7 +311,7 @@ def classifier_free_guidance(model, t, x, y, scale):
     Ho & Salimans 2022 (arXiv 2207.12598). At scale 1, or without labels, it is the plain model.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)     # in half precision errors would add up
-    if t.is_floating_point():                               # nearby times must stay apart
+    if t.is_floating_point():                               # in bfloat16 nearby times are the same
         t = t.to(torch.promote_types(t.dtype, dtype))
     if y is None or scale == 1:
         return model(t=t, x=x, y=y).to(dtype)
@@ -323,7 +323,7 @@ def classifier_free_guidance(model, t, x, y, scale):
 
 def draw_times(n, mean, uniform, device="cpu"):
     """
-    n training times in [0, 1]: uniform with probability uniform, or else sigmoid(N(mean, 1)).
+    n training times in [0, 1]: each is uniform with probability uniform, else sigmoid(N(mean, 1)).
 
     Esser et al. 2024 (arXiv 2403.03206), section 3.1. At both ends the best prediction is little
     more than a mean: most of what can be learned lies in between.
@@ -358,12 +358,13 @@ channel_mults = (1, 2)    # width of each level, as a multiple; the resolution h
 n_res_blocks = 1          # residual blocks per level
 attention_levels = (2,)   # levels with attention, from 0; one past the last is the middle block
 dropout = 0.0             # inside the residual blocks
-patch = 2                 # fold patch x patch pixels into channels: 2 runs at half the resolution
+patch = 2                 # fold patch x patch pixels into channels: 2 halves the resolution
 # training
 batch_size = 64           # per process; with accumulation, the micro-batch size
 gradient_accumulation_steps = 1  # micro-batches per optimizer step
 max_iters = 9380          # optimizer steps: ten epochs of MNIST
-minutes = 0.0             # train for this long: each log line adjusts max_iters; 0: for max_iters
+minutes = 0.0             # if above 0, train for this long: each log line adjusts max_iters, and so
+#                           the decay
 muon = True               # Muon for convolution kernels, AdamW for the rest; false: AdamW for all
 learning_rate = 6e-3      # peak, before the decay
 warmup_iters = 100        # linear warm-up from 0
@@ -372,11 +373,11 @@ weight_decay = 0.01       # decoupled, as in AdamW
 adam_beta2 = 0.99         # decay of AdamW's second moment; 0.999 is the usual value
 grad_clip = 1.0           # clip the gradient's norm; 0: no clipping
 ema_decay = 0.999         # of the averaged weights, which are used for sampling; ramps up from 0.1,
-#                           to 0.999 at iteration 8,990: until then a longer one changes nothing
+#                           to 0.999 at iteration 8,990: a higher one changes nothing before that
 # grids
 sampler = "dpm++"         # or textbook, for sample() above, or one of SAMPLERS in sample.py
-sample_steps = 6          # the first is known, so five evaluations; midpoint and heun have two a
-#                           step, rk4 four
+sample_steps = 6          # the first needs no evaluation of the model, so five in all; midpoint and
+#                           heun have two a step, rk4 four
 guidance = 1.0            # guidance scale: 0 unconditional, 1 conditional, above 1 stronger
 # machine
 device = "auto"           # cuda, cuda:1, mps or cpu; auto: the first that is available
@@ -416,7 +417,7 @@ def check_options(config):
         method = build(lambda t, x, y: x, config)    # a stand-in for the network
         check_sampler(sampler, method)
         check_guidance(guidance, conditional, label_dropout)
-        method.loss(torch.zeros(2, 1))               # is all there that the loss needs?
+        method.loss(torch.zeros(2, 1))               # fails now if scipy is missing
     folder, pictures = Path(out_dir).resolve(), Path(dataset).resolve()
     if folder.is_dir() and folder.is_relative_to(pictures) and find_pictures(folder)[0]:
         fail(f"--out_dir={out_dir} holds pictures of --dataset={dataset}: choose another one")
@@ -468,21 +469,21 @@ def update_weights(model, optimizer, scaler, lr):
 @torch.no_grad()
 def update_average(ema, model, it):
     """
-    Move the averaged weights towards the latest ones.
+    Moves the averaged weights towards the latest ones.
 
     Averaging smooths out the noise of single steps, and gives better samples. The decay starts low,
     so that the initial weights are soon forgotten. Buffers, such as BatchNorm's, follow the model.
     """
     decay = min(ema_decay, (1 + it) / (10 + it))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-    for mean, latest in zip(ema.buffers(), model.buffers()):
-        mean.copy_(latest)
+    for average, latest in zip(ema.buffers(), model.buffers()):
+        average.copy_(latest)
 
 
 @torch.no_grad()
 def evaluate(method, x, y, noise, offsets):
     """
-    Mean loss on x (N, C, H, W) with labels y (N,): over all times, then in each quarter of them.
+    Mean loss on x (N, C, H, W) with labels y (N,): at uniform times, then in each quarter of them.
 
     offsets (N,) in [0, 1) place each picture's time within the quarter.
     """
@@ -552,7 +553,7 @@ if __name__ == "__main__":
         take_weights(model, start, init_from, config, UNCHANGEABLE, data.classes)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = make_optimizer(model)
-    it, early = 0, {}                                # early: averages, for autoguidance in sample.py
+    it, early = 0, {}                                # early: averaged weights, a quarter of the way
     losses = torch.zeros(2, device=device)           # sum and count since the last log line
     if resuming:
         require_same_data(start, dataset, data, model_args, changed_data)

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 METHOD = "# ----" + 73 * "-"
-TRAINING = "# ==== training: from here on ddpm.py and cfm.py are the same, byte for byte ====\n"
+TRAINING = "# ==== the same in ddpm.py and cfm.py from here on, byte for byte: guidance, times, training ====\n"
 
 
 def parts(name):
