@@ -83,7 +83,7 @@ class DenoiseDiffusion:
 
     Throughout, x0, xt and eps are (B, *dim), with x0 in [-1, 1]. Times t are long (B,) in [0, T):
     t = 0 is the paper's t = 1. Labels y are long (B,), -1 for none, or None. The model is called in
-    the dtype of the pictures or the noise; times and sums stay in float32, or in float64. These
+    the dtype of the pictures or the noise; times and sums are in at least float32. These
     defaults are the paper's; the script's are not. Raises ValueError for unknown options.
     """
     straight = True       # z = tau x0 + (1 - tau) eps is a line, so velocity() determines both ends
@@ -359,6 +359,7 @@ n_res_blocks = 1          # residual blocks per level
 attention_levels = (2,)   # levels with attention, from 0; one past the last is the middle block
 dropout = 0.0             # inside the residual blocks
 patch = 2                 # fold patch x patch pixels into channels: 2 halves the resolution
+norm_groups = 8           # of channels, normalised separately; 1 keeps colours more exact
 # training
 batch_size = 64           # per process; with accumulation, the micro-batch size
 gradient_accumulation_steps = 1  # micro-batches per optimizer step
@@ -395,11 +396,13 @@ LIMITS = METHOD_LIMITS | CHOICES | {                 # (least, most), or a list 
     **dict.fromkeys(["label_dropout", "dropout", "ema_decay"], (0, 1)),
     **dict.fromkeys(["learning_rate", "warmup_iters", "weight_decay", "grad_clip"], (0, math.inf)),
     **dict.fromkeys(["minutes", "attention_levels", "guidance"], (0, math.inf)),
-    **dict.fromkeys(["channels", "channel_mults", "n_res_blocks", "patch"], (1, math.inf)),
+    **dict.fromkeys(["channels", "channel_mults", "n_res_blocks"], (1, math.inf)),
+    **dict.fromkeys(["patch", "norm_groups"], (1, math.inf)),
     **dict.fromkeys(["batch_size", "gradient_accumulation_steps", "sample_steps"], (1, math.inf)),
     **dict.fromkeys(["max_iters", "eval_interval", "log_interval"], (1, math.inf)),
 }
-ARCHITECTURE = ["channels", "channel_mults", "n_res_blocks", "attention_levels", "dropout", "patch"]
+ARCHITECTURE = ["channels", "channel_mults", "n_res_blocks", "attention_levels", "dropout", "patch",
+                "norm_groups"]
 UNCHANGEABLE = [*METHOD_UNCHANGEABLE, *ARCHITECTURE,                    # on resume
                 "image_size", "conditional", "muon", "adam_beta2"]
 

@@ -37,7 +37,7 @@ sampler = "auto"          # one of SAMPLERS below, or textbook, the method's own
 steps = 0                 # 0: the run's sample_steps. ddpm's textbook takes all its n_steps,
 #                           dopri5 as many as it needs
 eta = 0.0                 # noise in each step of ddim: 0 none, 1 as in ancestral with fixedsmall
-clip = True               # clip predicted data to [-1, 1]; with cfm, only ddim and dpm++ predict it
+clip = True               # clip predicted data to [-1, 1]; with cfm, in ddim and dpm++ only
 guidance = 1.0            # guidance scale: 0 unconditional, 1 conditional, above 1 stronger
 guidance_interval = (0.0, 1.0)  # times at which guidance acts: 0 is noise, 1 is data
 autoguidance = 1.0        # above 1: away from what earlier weights of the run would draw, at twice
@@ -211,7 +211,7 @@ def check_sampler(sampler, method):
 
 
 def check_guidance(guidance, labelled, label_dropout):
-    """ValueError if a model of labelled data or not, with this label_dropout, cannot be guided."""
+    """ValueError if guidance needs labels, or a label_dropout, that training did not have."""
     if guidance != 1 and not labelled:
         raise ValueError(f"--guidance={guidance}: without labels there is nothing to be guided by")
     if guidance != 1 and not label_dropout:
@@ -229,7 +229,7 @@ def mean_picture(means, y=None, guidance=1.0):
     """
     E[data | noise] (B, C, H, W) at tau = 0, where z is all noise: the mean picture of each label.
 
-    means (1 + classes, C, H, W) begin with that of all pictures, which are no label's.
+    means (1 + classes, C, H, W): of all pictures, for no label, then of each class.
     """
     return means[:1] if y is None else torch.lerp(means[:1], means[y + 1], guidance)
 
@@ -238,10 +238,10 @@ def flow(method, y=None, guidance=1.0, clip=False, interval=(0.0, 1.0), watch=No
     """
     The method's velocity as a function v(tau, z), tau a number or (B,), for labels y (B,) or None.
 
-    Guidance acts where tau, then a number, is in the interval (Kynkaanniemi et al. 2024, arXiv
-    2404.07724). At tau = 0 the data are independent of z, so their mean is the best prediction: if
-    the method has means, the model is not called there. watch(tau, z), if given, is called at each
-    evaluation. dtype is the model's, unless it is that of z.
+    Guidance acts while tau is in the interval (Kynkaanniemi et al. 2024, arXiv 2404.07724): tau is
+    a number then. At tau = 0 the data are independent of z, so their mean is the best prediction:
+    if the method has means and tau is a number, the model is not called there. watch(tau, z), if
+    given, is called at each evaluation. dtype is the model's; None: that of z.
     """
     low, high = interval
     known = method.means is not None and method.straight and method.renewable
@@ -266,9 +266,9 @@ def draw(method, noise, y=None, sampler="dpm++", steps=6, guidance=1.0, clip=Tru
     Pictures (B, *dim), in about [-1, 1], from noise (B, *dim) and labels y (B,) or None.
 
     Model evaluations per step: 2 for midpoint and heun, 4 for rk4, 6 for dopri5, 1 for the others.
-    The first one is saved if the method has means, see flow().
-    options are the sampler's own: eta, randn, atol, rtol. ValueError if it does not fit. The model
-    is called in the noise's dtype; sums are in float32, or in float64 if the noise is.
+    If the method has means, all but dopri5 and textbook skip the first: see flow(). options are
+    the sampler's own: eta, randn, atol, rtol. ValueError if sampler or interval does not fit. The
+    model is called in the noise's dtype; sums are in float32, or in float64 if the noise is.
     """
     check_sampler(sampler, method)
     if tuple(interval) != (0, 1) and (sampler in method.textbook or sampler == "dopri5"):
@@ -291,7 +291,7 @@ class Autoguided(torch.nn.Module):
     """
     early + scale (model - early), (B, *dim): further away from an earlier, worse self.
 
-    Karras et al. 2024 (arXiv 2406.02507), section 3.
+    Karras et al. 2024 (arXiv 2406.02507), section 4.
     """
 
     def __init__(self, model, early, scale):
@@ -385,14 +385,14 @@ def check_request(method, classes, label_dropout):
     if eta and sampler != "ddim":
         fail(f"--eta={eta} goes with --sampler=ddim, not with {sampler}")
     if eta and not method.renewable:
-        fail(f"--eta={eta}: the noise to renew is independent of the data only for --path=icfm or "
-             "target with --sigma=0")
+        fail(f"--eta={eta}: noise can be renewed only if it is independent of the data, as with "
+             "--path=icfm or target and --sigma=0")
     in_one_go = sampler == "dopri5" or sampler in method.textbook
     if len(guidance_interval) != 2 or guidance_interval[0] > guidance_interval[1]:
         fail(f"--guidance_interval={guidance_interval}: must be two times, such as 0.2,0.8")
     if guidance_interval != (0, 1) and (guidance == 1 or in_one_go):
-        fail("--guidance_interval goes with a --guidance, but not with dopri5 or the textbook's "
-             "sampler")
+        fail("--guidance_interval goes with a --guidance other than 1, and not with dopri5 or the "
+             "textbook's sampler")
     if Path(save).suffix == ".gif" and in_one_go:
         fail(f"--save={save}: a .gif has a frame per evaluation, so it does not go with dopri5 or "
              "the textbook's sampler")

@@ -8,8 +8,8 @@ Shapes, used throughout:  B pictures, C channels of H x W pixels.
 
 It is the UNet of Ho et al. 2020 (arXiv 2006.11239, appendix B): residual blocks at several
 resolutions, down and up again. Each block on the way up also gets the output of its counterpart.
-At their size it has as many parameters as theirs, but norms have 8 groups, and attention heads 64
-channels. Two changes make it cheap: pixels may be folded into channels first (patch), and
+At their size it has as many parameters as theirs, but norms have fewer groups, and attention heads
+64 channels. Two changes make it cheap: pixels may be folded into channels first (patch), and
 convolutions come before upsampling, not after it.
 """
 import math
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 
 class Norm(nn.GroupNorm):
-    """Group normalisation, in at most 8 groups."""
+    """Group normalisation, in at most 8 groups, or in as many as UNet sets."""
 
     def __init__(self, channels):
         super().__init__(math.gcd(8, channels), channels)
@@ -42,8 +42,7 @@ def time_embedding(t, dim, highest=1000, max_period=10_000):
     Cosines and sines of t: (B,) -> (B, dim)
 
     Frequencies fall geometrically from highest towards highest / max_period. dim is even. The usual
-    ones are meant for t = 1 ... 1000: without the factor of highest, all t in [0, 1] would look
-    alike.
+    ones suit t = 1 ... 1000: without the factor highest, all t in [0, 1] would look alike.
     """
     i = torch.arange(dim // 2, device=t.device)
     frequency = torch.exp(-math.log(max_period) * i / (dim // 2))
@@ -112,16 +111,18 @@ class UNet(nn.Module):
     channels          base width, even; level i has channels * channel_mults[i]
     channel_mults     one entry per level; level i works at H / patch / 2^i by W / patch / 2^i
     n_res_blocks      blocks per level on the way down; one more on the way up
-    attention_levels  levels with attention, from 0; the number after the last is the middle
+    attention_levels  levels with attention, from 0; one past the last is the middle
     dropout           in [0, 1], inside the residual blocks
     patch             patch x patch pixels are folded into channels: 2 works at half resolution
+    norm_groups       at most so many groups of channels, each normalised by its own mean and
+                      deviation over the picture. Fewer keep more of what its colours are
     num_classes       0 for a model without labels
 
     Raises ValueError if channels is odd or attention_levels names a level that does not exist.
     """
 
     def __init__(self, in_channels=1, channels=24, channel_mults=(1, 2), n_res_blocks=1,
-                 attention_levels=(2,), dropout=0.0, patch=2, num_classes=0):
+                 attention_levels=(2,), dropout=0.0, patch=2, norm_groups=8, num_classes=0):
         super().__init__()
         levels = len(channel_mults)
         if channels % 2:
@@ -173,8 +174,12 @@ class UNet(nn.Module):
         self.norm_out = Norm(c)
         self.conv_out = zero_init(nn.Conv2d(c, in_channels * patch**2, 3, padding=1))
 
+        for module in self.modules():
+            if isinstance(module, Norm):
+                module.num_groups = math.gcd(norm_groups, module.num_channels)
+
     def embed(self, t, y=None):
-        """What the blocks are told of the times t (B,) and labels y (B,) or None: (B, emb)."""
+        """The embedding of times t (B,) and labels y (B,) or None, for all blocks: (B, emb)."""
         emb = self.time(time_embedding(t, self.channels).to(self.conv_in.weight.dtype))
         if self.label is None:
             return emb

@@ -2,7 +2,7 @@
 CIFAR-10 with the UNet of Ho et al. 2020, 35.7M parameters, plain Adam and a long average, on a GPU:
     python cfm.py config/cifar10.py
     python ddpm.py config/cifar10.py --prediction=eps --schedule=linear --out_dir=out/cifar10-ddpm
-The second is Ho et al.'s. Results have not been measured here.
+The second trains as Ho et al. do. Results have not been measured here.
 """
 dataset = "cifar10"
 out_dir = "out/cifar10"
@@ -24,7 +24,7 @@ decay_lr = False
 weight_decay = 0.0
 ema_decay = 0.9999
 t_uniform = 1.0                  # as in the papers; the default was tuned on MNIST
-sampler = "ddim"                 # as was dpm++, for five steps
+sampler = "ddim"                 # dpm++, too, was chosen on MNIST, for five evaluations
 sample_steps = 50
 log_interval = 500
 eval_interval = 10_000

@@ -1,8 +1,8 @@
 """
 Faces in pixel art, drawn here and judged exactly by bench/faces.py.
     python cfm.py config/faces.py
-The weights in assets/faces took 16 minutes of one busy CPU core. Their faces look right, but none
-is legal to the judge, whose colours are exact: see bench/README.md.
+The weights in assets/faces took 16 minutes of one busy CPU core. Their faces look right, but the
+judge, whose colours are exact, finds none of them legal: see bench/README.md.
 """
 dataset = "faces"
 out_dir = "out/faces"

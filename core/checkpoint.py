@@ -76,7 +76,7 @@ def require_room(folder, needed):
 
 def save_checkpoint(path, **content):
     """Write tensors and plain values, whole or not at all; the older file goes to backup_path()."""
-    for name in {"model", "ema"} & content.keys():   # in the order that other programs expect
+    for name in {"model", "ema"} & content.keys():   # in the memory layout others expect
         content[name] = {key: v.contiguous() if torch.is_tensor(v) else v
                          for key, v in content[name].items()}
     buffer = io.BytesIO()                            # on a full disk torch.save() may abort the run
@@ -105,8 +105,8 @@ def load_checkpoint(path, method=None):
     """
     What save_checkpoint() wrote, on the CPU. Nothing in the file is executed.
 
-    limits in it, in the form of configure()'s, hold for the options of sample.py. Calls fail() if
-    it is not a whole checkpoint, or one of another method.
+    Its limits, in the form that configure() takes, hold for the options of sample.py. Calls fail()
+    if it is not a whole checkpoint, or one of another method.
     """
     try:
         with zipfile.ZipFile(path) as file:              # torch.load() verifies no checksums,
@@ -128,6 +128,8 @@ def load_checkpoint(path, method=None):
     if checkpoint["method"] != (method or checkpoint["method"]):
         fail(f"{path} is a run of {checkpoint['method']}.py: resume it with that, "
              "or choose another --out_dir")
+    for name in ("config", "model_args"):
+        checkpoint[name] = {"norm_groups": 8} | checkpoint[name]     # there was no other once
     for name in ("config", "model_args", "data"):
         checkpoint[name] = drop_retired(path, checkpoint[name])
     return LATER | checkpoint
@@ -137,8 +139,8 @@ def resume(settings, limits, fixed, checkpoint):
     """
     configure() for a resumed run: its saved options, overridden by those given now.
 
-    Some options hold for one command only. Prints what has changed. Calls fail() if that is one of
-    fixed, or if nothing is left to do.
+    Some options hold for one command only. Prints what has changed. Calls fail() if one of
+    fixed has, or if nothing is left to do.
     """
     once = "init_from", "out_dir", "overwrite", "changed_data", "minutes"
     saved, it = checkpoint["config"], checkpoint["iteration"]
@@ -205,7 +207,7 @@ def take_weights(model, start, folder, config, names, classes):
     Start from the averaged weights of the run in folder, given its checkpoint.
 
     A class keeps the label embedding of its name. New classes, and layers that the run lacks, are
-    left alone, and listed; so are the options of these names that are otherwise in config.
+    left alone, and listed; so are the run's options among names that differ from config's.
     """
     old = {name: start["config"].get(name, config[name]) for name in names}
     other = [f"--{name}={old[name]}" for name in names if old[name] != config[name]]

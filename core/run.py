@@ -46,7 +46,7 @@ def catch_stop_signals():
 
     requested = []
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-        number = getattr(signal, name, None)         # Windows has not all of them
+        number = getattr(signal, name, None)         # Windows lacks some of them
         if number is not None and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
             with contextlib.suppress(ValueError):    # in a thread
                 signal.signal(number, ask)
@@ -70,7 +70,7 @@ class Run:
     """
     A training run and its folder. Every process has a Run; only the main process's writes.
 
-    It starts from scratch, or goes on from the checkpoint resumed. A run from scratch removes what
+    It starts from scratch, or goes on from a checkpoint, resumed. A run from scratch removes what
     an older one left. Calls fail() if another run is writing to the folder, or has written to it in
     the meantime.
     """
@@ -123,7 +123,7 @@ class Run:
         return self.seconds_before + time.monotonic() - self.started
 
     def rows_until(self, iteration):
-        """The rows of an older log.csv, without those past the iteration, which will come again."""
+        """The rows of an older log.csv up to the iteration: the later ones will come again."""
         if not (self.folder / "log.csv").exists():
             return []
         lines = (self.folder / "log.csv").read_text(errors="replace").splitlines()
@@ -131,7 +131,7 @@ class Run:
         rows = [row for row in rows if row[0].isdecimal() and int(row[0]) <= iteration]
         seconds = COLUMNS.split(",").index("seconds")
         for row in rows:
-            if len(row) == 9:                        # logs of old had no seconds
+            if len(row) == 9:                        # older logs had no seconds
                 row.insert(seconds, "")
         return [",".join(row) for row in rows]
 
@@ -167,7 +167,7 @@ class Run:
         return pictures / max(1e-9, time.monotonic() - self.clock)
 
     def iterations_in(self, minutes, iteration, speed):
-        """The iteration at which so many minutes of this run are over, at a speed in pictures/s."""
+        """The iteration at which this run's minutes will be up, at a speed in pictures/s."""
         left = max(0, 60 * minutes - (time.monotonic() - self.started))
         more = int(left * speed / self.pictures_per_iter)
         self.max_iters = iteration + self.processes.maximum(more)

@@ -1,5 +1,5 @@
 """
-Enlarge a small picture, with any run of ddpm.py or cfm.py. Averaged down, it is the input again.
+Enlarge a small picture, with any run of ddpm.py or cfm.py. Averaged down, it gives the input.
 
     python examples/enlarge.py --out_dir=assets/cfm                  # ten held-out digits, of 7 x 7
     python examples/enlarge.py --factor=2 --labels=3,8               # you know what they are
@@ -49,10 +49,10 @@ LIMITS = {"seed": (0, 2**63 - 1), "factor": (2, math.inf),
 
 def project_means(x, small, factor):
     """
-    Pictures near x (B, C, H, W) within [-1, 1], with means over blocks as in small: exactly both.
+    The nearest pictures to x (B, C, H, W) that lie in [-1, 1] and whose block means are small's.
 
-    All of a block moves by one amount, found by bisection, in atanh(x), so that black and white
-    hardly move: the nearest by Kullback-Leibler divergence, as if of biased coins.
+    Nearest in Kullback-Leibler divergence, each pixel being a biased coin: in atanh(x) all of a
+    block moves by one amount, found by bisection. So black and white hardly move.
     """
     blocks = F.pixel_unshuffle(x.clamp(-0.999, 0.999).atanh(), factor)
     blocks = blocks.unflatten(1, (-1, factor**2))    # (B, C, values of a block, h, w)
@@ -69,10 +69,10 @@ def weigh_classes(method, project, x, n_classes, trials=5, sharpness=6, randn=to
     """
     How likely each class is, given what is known of each picture: (B, n_classes), summing to 1.
 
-    x (B, C, H, W) is any picture, and project(x) one near it that agrees with what is known. With x
-    as the model predicts it, told the class, log |project(x) - x|^2 is -2 / n times the log
-    likelihood of n Gaussian errors of unknown width. Li et al. 2023 (arXiv 2303.16203) classify
-    whole pictures by such errors. sharpness stands for n / 2: these errors are not independent.
+    x (B, C, H, W) is any picture, and project(x) one near it that agrees with what is known. For x
+    as the model predicts it, told the class, log |project(x) - x|^2 is, up to a constant, -2 / n
+    times the log likelihood of n Gaussian errors of the best width. Li et al. 2023 (arXiv
+    2303.16203) classify by such errors. sharpness stands for n / 2, as they are not independent.
     """
     x, misfit = [x] * n_classes, torch.zeros(len(x), n_classes, device=x.device)
     for tau in [(i + 1) / (2 * trials) for i in range(trials)]:
@@ -125,7 +125,7 @@ if __name__ == "__main__":
         given = F.avg_pool2d(large.float(), factor).round()
     if Path(save).suffix not in ("", ".png"):
         fail(f"--save={save} must end in .png, or be a new folder")
-    claimed = claim(Path(save))                      # of a folder, its lock
+    claimed = claim(Path(save))                      # the lock, if it is a folder
     torch.manual_seed(seed)
     given = given.to(device).float() / 127.5 - 1
     small = given.repeat_interleave(versions, 0)     # each picture's in a row

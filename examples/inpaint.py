@@ -54,10 +54,10 @@ def weigh_classes(method, project, x, n_classes, trials=5, sharpness=6, randn=to
     """
     How likely each class is, given what is known of each picture: (B, n_classes), summing to 1.
 
-    x (B, C, H, W) is any picture, and project(x) one near it that agrees with what is known. With x
-    as the model predicts it, told the class, log |project(x) - x|^2 is -2 / n times the log
-    likelihood of n Gaussian errors of unknown width. Li et al. 2023 (arXiv 2303.16203) classify
-    whole pictures by such errors. sharpness stands for n / 2: these errors are not independent.
+    x (B, C, H, W) is any picture, and project(x) one near it that agrees with what is known. For x
+    as the model predicts it, told the class, log |project(x) - x|^2 is, up to a constant, -2 / n
+    times the log likelihood of n Gaussian errors of the best width. Li et al. 2023 (arXiv
+    2303.16203) classify by such errors. sharpness stands for n / 2, as they are not independent.
     """
     x, misfit = [x] * n_classes, torch.zeros(len(x), n_classes, device=x.device)
     for tau in [(i + 1) / (2 * trials) for i in range(trials)]:
@@ -124,7 +124,7 @@ if __name__ == "__main__":
         given = load_held_out(config, checkpoint, n_pictures, data_dir=data_dir)[0]
     if Path(save).suffix not in ("", ".png"):
         fail(f"--save={save} must end in .png, or be a new folder")
-    claimed = claim(Path(save))                      # of a folder, its lock
+    claimed = claim(Path(save))                      # the lock, if it is a folder
     torch.manual_seed(seed)
     given = given.to(device).float() / 127.5 - 1
     known = torch.where(keep, given, 0).repeat_interleave(fills, 0)      # each picture's in a row

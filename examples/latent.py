@@ -66,7 +66,7 @@ def encode(method, x, y=None, sampler="rk4", steps=20, **options):
 
 
 def slerp(a, b, t):
-    """A point on the arc from noise a to noise b, at t in [0, 1]. A chord's would be too short."""
+    """A point on the arc from noise a to noise b, at t in [0, 1]. On the chord it is too short."""
     cosine = torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0)
     angle = torch.acos(cosine)
     of_a, of_b = torch.sin((1 - t) * angle), torch.sin(t * angle)
@@ -74,7 +74,7 @@ def slerp(a, b, t):
 
 
 def rows_of_noise(numbers, shape, seed=0):
-    """Noise (B, *shape) of the pictures with these numbers: each ten are an arc, end to end."""
+    """Noise (B, *shape) of the pictures with these numbers: every ten form an arc, end to end."""
     noise = []
     for n in numbers:
         ends = [torch.Generator().manual_seed(hash((seed, n // 10, end))) for end in (0, 1)]

@@ -7,9 +7,9 @@ How likely are held-out pictures under a trained model? In bits/dim, for runs of
 
 For ddpm.py it is the bound of Ho et al. 2020 (arXiv 2006.11239), eq. 5. For cfm.py it is the
 density at the end of the flow: Chen et al. 2018 (arXiv 1806.07366), theorem 1. dopri5 chooses its
-steps, as nothing would limit the error of a fixed number. Both are upper bounds of
--log2 P(picture | label) / D for D pixel values, on average over the random draws. With few terms of
-the bound, or summed over classes by estimates, the output says "about".
+steps, as nothing would limit the error of a fixed number. Both are upper bounds on
+-log2 P(picture | label) / D for D pixel values, on average over the random draws. For a few terms
+of the bound, or a sum of estimates over classes, the output says "about", not "at most".
 """
 import math
 import sys
@@ -59,8 +59,8 @@ def bound(method, x0, y=None, randn=torch.randn_like, steps=None, offsets=None):
 
     They are L_T, what is left of x0 at the end; the sum over t of KL(q(x_{t-1} | x_t, x_0) ||
     p(x_{t-1} | x_t)), each at a draw of x_t; and L_0, the discretised decoder of section 3.3.
-    x0 (B, *dim) has 256 levels from -1 to 1. It takes T evaluations of the model, or steps of them,
-    from 2 to T, else ValueError. Then the estimate is unbiased, from one t in each of steps - 1
+    x0 (B, *dim) has 256 levels from -1 to 1. It takes T evaluations of the model, or steps:
+    ValueError unless 2 <= steps <= T. That estimate is unbiased, from one t in each of steps - 1
     strata: offsets (B,) in [0, 1) say where in each, and are drawn unless given.
     """
     def step(t):
@@ -97,7 +97,7 @@ def decoder_nats(x0, mean, var):
     """
     L_0 for each entry of x0 (B, *dim): -log of the mass of N(mean, var) on its grey level.
 
-    A level has two edges. The outer edges of black and white are infinite: Ho et al., eq. 13.
+    A level has two edges. The outer edges of black and white lie at infinity: Ho et al., eq. 13.
     """
     x0, mean, std = (v.cpu().double() for v in (x0, mean, var.sqrt()))
     low = ((x0 - 1 / 255 - mean) / std).masked_fill(x0 < -0.999, -math.inf)
@@ -158,8 +158,8 @@ def bits_per_dim(method, x, y, draws, steps=0, exact=False, atol=1e-4, rtol=1e-4
     """
     The terms (terms, B) of -log2 P(x | y) / D, for pictures x (B, C, H, W) of levels 0 to 255.
 
-    There are three of a bound, see bound(), and one of a density. A density counts levels once they
-    are filled: with u uniform over the width of a level, 1 / 127.5, log P(level) is at least
+    A bound has three, see bound(), and a density one. For a density the levels are dequantised:
+    with u uniform over the width of a level, 1 / 127.5, log P(level) is at least
     E log p(level + u) - D log(127.5). See Theis et al. 2015 (arXiv 1511.01844), section 3.1.
     """
     if hasattr(method, "q_sample"):
@@ -208,7 +208,7 @@ if __name__ == "__main__":
     if by_bound:
         how = f"the bound, {steps or method.n_steps} of {method.n_steps} steps"
         if exact:
-            fail("--exact is for a run of cfm.py: that of ddpm.py has a bound")
+            fail("--exact is for a run of cfm.py: one of ddpm.py has a bound")
         if steps == 1 or steps > method.n_steps:
             fail(f"--steps={steps}: the bound of this run takes from 2 to {method.n_steps}")
     else:

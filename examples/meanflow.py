@@ -8,7 +8,7 @@ A step from t to s needs the mean velocity over the span, not the velocity at it
 velocity v from t to s, its derivative in t along the flow gives, with t = 0 for noise, their eq. 6:
     u = v + (s - t) du/dt.
 The right side, with x1 - x0 in place of v, is the target of a regression. Here du/dt is a finite
-difference along the model's own v = u(x_t, t, t) (arXiv 2512.02012), in the papers a derivative.
+difference along the model's own v = u(x_t, t, t) (arXiv 2512.02012); the papers differentiate.
 """
 import copy
 import math
@@ -83,8 +83,8 @@ def mean_velocity_target(model, span, xt, v, u, y, step=0.05):
     """
     v + (s - t) du/dt (B, *dim), for spans (B, 2), points xt, velocities v, and u = model(span, xt).
 
-    The difference of u between t and t + dt is du/dt in the middle. Times s - t it would leave too
-    much noise: 1/21, where all data agree and step is 0.05. Times s - t - dt/2 it leaves half that.
+    The difference quotient over [t, t + dt] is du/dt in the middle. A factor s - t would leave
+    1/21 of the noise, if all data agree and step is 0.05; s - t - dt / 2 leaves half of that.
     """
     t, s = span.unbind(1)
     dt = (s - t).clamp(1e-4, step)                   # not 0, to divide by it

@@ -12,7 +12,7 @@ weights, a network learns the velocity of the straight line between them (Liu et
 2209.03003, eq. 1):
     E |v(t, xt) - (x1 - x0)|^2,    xt = t x1 + (1 - t) x0.
 At t = 0 the noise determines x1, so one step of Euler's method draws it: their distillation. With
---reflow t is all times. Curves of one flow never cross, so the lines between their ends rarely do,
+--reflow t is any time. Curves of one flow never cross, so the lines between their ends rarely do,
 and the new flow is nearly straight. New pairs keep replacing old ones, so none is learned by heart.
 """
 import copy
@@ -37,7 +37,7 @@ overwrite = False         # replace the run in out_dir
 reflow = False            # learn all times, for two steps or more
 teacher_steps = 6         # of dpm++ for each pair
 pool = 10_000             # pairs in memory
-fresh = 12                # pairs an iteration that replace the oldest
+fresh = 12                # new pairs an iteration, in place of the oldest
 iterations = 8_000
 batch_size = 64
 learning_rate = 6e-3      # peak; it falls to 0

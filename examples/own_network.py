@@ -1,9 +1,9 @@
 """
-A network of another library, a DataLoader, and one file of this repository, cfm.py.
+A network from another library, a DataLoader, and one file of this repository, cfm.py.
 
     pip install diffusers && python examples/own_network.py          # an epoch, out/own_network.png
 
-Any network fits that is called as model(t=, x=, y=), with t (B,) in [0, 1] and y (B,), -1 for none.
+Any network called as model(t=, x=, y=) will do, with t (B,) in [0, 1] and y (B,), -1 for none.
 """
 import argparse
 import sys
@@ -25,7 +25,7 @@ class DiffusersUNet(UNet2DModel):
 
 
 def learn(model, loader, device="cpu", dtype=torch.float32):
-    """The flow (a VelocityField) that an epoch of batches, x (B, C, H, W) and y (B,), teaches."""
+    """The flow, a VelocityField, learned in an epoch of batches: x (B, C, H, W) and y (B,)."""
     field = VelocityField(model.to(device), ConditionalFlowMatcher())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for x, y in loader:
@@ -40,7 +40,7 @@ def learn(model, loader, device="cpu", dtype=torch.float32):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("--data_dir", default="data", help="of MNIST, downloaded if absent")
+    parser.add_argument("--data_dir", default="data", help="where MNIST is, or is put")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     args = parser.parse_args()

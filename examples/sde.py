@@ -11,7 +11,7 @@ For any w(tau) >= 0, the equation
     dz = (v + w/2 score) dtau + sqrt(w) dW
 has the densities of the flow dz = v dtau at all times (Ma et al. 2024, arXiv 2401.08740, section 2;
 Albergo et al. 2023, arXiv 2303.08797). Here w is 2 (1 - tau)^2 times one number, noise. Then in a
-short time dtau a share noise dtau of the noise in z is renewed. At 0 it is the flow. Fresh noise
+short time dtau a share noise dtau of the noise in z is renewed. noise = 0 is the flow. Fresh noise
 lets later steps repair what earlier ones got wrong, but Euler-Maruyama needs more steps for it.
 """
 import math
@@ -51,9 +51,9 @@ def score(tau, z, v):
 @torch.no_grad()
 def euler_maruyama(v, z, taus, noise=1.0, randn=torch.randn_like):
     """
-    A sampler like those of sample.py, of the equation above. randn(z) draws noise like z.
+    A sampler like those of sample.py, for the equation above. randn(z) draws noise like z.
 
-    A step to the data itself adds no noise, which nothing would take away again.
+    The step that ends at the data adds no noise: nothing would remove it.
     """
     for t, s in pairwise(taus):
         w, now = 2 * noise * (1 - t) ** 2, v(t, z)
@@ -70,7 +70,7 @@ if __name__ == "__main__":
     device, *_ = choose_machine(device)
     method, config, checkpoint = load_run(out_dir, device=device)
     if checkpoint["limits"] or not (method.straight and method.renewable):
-        fail(f"--out_dir={out_dir} has no score: made for one step, or with --path or --sigma")
+        fail(f"--out_dir={out_dir} has no score: a one-step run, or another --path or --sigma")
     if steps > method.most_steps:
         fail(f"--steps={steps}: the run has only {method.most_steps}")
     suffix = Path(save).suffix

@@ -6,8 +6,8 @@ Vary a picture, from almost the same to new, with any run of ddpm.py or cfm.py. 
     python examples/vary.py --picture=my.png --seed=1                # a drawing of your own
 
 SDEdit (Meng et al. 2021, arXiv 2108.01073, section 3) starts in the middle of the path: noise takes
-the place of a share of the picture, and the model goes on from there. What the noise has drowned is
-made up, and the rest stays: at first the pen, then the style, in the end the class.
+the place of a share of the picture, and the model goes on from there. What the noise drowns is
+made up, and the rest stays. More noise drowns first the pen, then the style, and last the class.
 """
 import math
 import sys
@@ -29,7 +29,7 @@ from sample import dpm_solver, flow, load_run, wanted_classes
 # -----------------------------------------------------------------------------
 out_dir = "assets/cfm"    # folder of the run
 picture = ""              # a file, brought to the run's size; "": held-out pictures of the run
-strengths = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)   # shares of noise: 1 is a new one
+strengths = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)   # shares of noise; 1: all is new
 n_pictures = 10           # held-out ones, if no picture is given
 labels = ""               # what to make of the pictures, in turn; "": the model is not told
 steps = 20                # evaluations of the model for strength 1, fewer for less

@@ -264,3 +264,21 @@ def test_samplers_keep_double_precision():
     field = cfm.VelocityField(lambda t, x, y: -x, cfm.ConditionalFlowMatcher())
     x = sample.draw(field, torch.ones(1, 1, dtype=torch.float64), sampler="rk4", steps=200)
     assert abs(x.item() - math.exp(-1)) < 1e-11
+
+
+def test_norm_groups_are_at_most_as_many_as_asked_for():
+    def groups(**options):
+        norms = [m for m in UNet(channels=12, **options).modules() if hasattr(m, "num_groups")]
+        return {(m.num_channels, m.num_groups) for m in norms}
+
+    assert groups(norm_groups=8) == {(12, 4), (24, 8), (36, 4), (48, 8)}
+    assert {n for _, n in groups(norm_groups=1)} == {1}
+
+
+def test_one_group_of_channels_tells_colours_apart_that_eight_groups_do_not():
+    """Flat pictures: each group of one channel becomes 0, but the whole keeps their proportions."""
+    x = torch.tensor([[1.0, 0.2, -0.5, 0.3], [0.1, 0.9, 0.4, -0.8]])[:, :, None, None].expand(2, 4, 3, 3)
+    separate, together = Norm(4), Norm(4)
+    together.num_groups = 1
+    assert separate(x).abs().max() < 1e-3
+    assert (together(x)[0] - together(x)[1]).abs().max() > 1
