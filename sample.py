@@ -15,7 +15,6 @@ and dpm++ cannot be used there.
 
 The same seed gives the same pictures, whatever the batch_size, up to rounding.
 """
-import copy
 import importlib
 import math
 import os
@@ -40,8 +39,6 @@ eta = 0.0                 # noise in each step of ddim: 0 none, 1 as in ancestra
 clip = True               # clip predicted data to [-1, 1]; with cfm, in ddim and dpm++ only
 guidance = 1.0            # guidance scale: 0 unconditional, 1 conditional, above 1 stronger
 guidance_interval = (0.0, 1.0)  # times at which guidance acts: 0 is noise, 1 is data
-autoguidance = 1.0        # above 1: away from what earlier weights of the run would draw, at twice
-#                           the evaluations
 labels = ""               # the classes to draw, in turn: 3 or 3,1,4 or cat,dog; "": all of them
 seed = 0                  # of the noise
 ema = True                # the averaged weights; false: the latest
@@ -53,7 +50,7 @@ LIMITS = {
     "seed": (0, 2**63 - 1),
     "guidance_interval": (0, 1),
     "n_samples": (1, math.inf),
-    **dict.fromkeys(["steps", "guidance", "autoguidance", "batch_size"], (0, math.inf)),
+    **dict.fromkeys(["steps", "guidance", "batch_size"], (0, math.inf)),
 }
 
 
@@ -287,28 +284,12 @@ def draw(method, noise, y=None, sampler="dpm++", steps=6, guidance=1.0, clip=Tru
 
 # ---- runs ----
 
-class Autoguided(torch.nn.Module):
-    """
-    early + scale (model - early), (B, *dim): further away from an earlier, worse self.
-
-    Karras et al. 2024 (arXiv 2406.02507), section 4.
-    """
-
-    def __init__(self, model, early, scale):
-        super().__init__()
-        self.model, self.early, self.scale = model, early, scale
-
-    def forward(self, t, x, y=None):
-        return torch.lerp(self.early(t, x, y), self.model(t, x, y), self.scale)
-
-
-def load_run(folder, ema=True, device="cpu", autoguidance=1.0):
+def load_run(folder, ema=True, device="cpu"):
     """
     (method, config, checkpoint) of the run in a folder, with its averaged or its latest weights.
 
     method is its VelocityField or DenoiseDiffusion, config all its options, and checkpoint what
-    core.checkpoint.load_checkpoint() returns. Unless autoguidance is 1, the method's model is
-    Autoguided by the run's early weights. Calls fail() if there is no run, or if it does not fit.
+    core.checkpoint.load_checkpoint() returns. Calls fail() if there is none, or if it does not fit.
     """
     from configurator import Options, explained, fail
     from core.checkpoint import load_checkpoint
@@ -320,18 +301,12 @@ def load_run(folder, ema=True, device="cpu", autoguidance=1.0):
         fail(f"{path} is from another method: {checkpoint['method']}")
     if not ema and not checkpoint["model"]:
         fail(f"{path} holds only the averaged weights")
-    if autoguidance != 1 and not checkpoint["early"]:
-        fail(f"--autoguidance={autoguidance}: {path} holds no early weights to be guided by")
     script = importlib.import_module(checkpoint["method"])
     config = Options(vars(script), script.LIMITS).restored(checkpoint["config"])
     with explained(f"{path} is from another version of this program: "):
         model = UNet(**checkpoint["model_args"]).eval().requires_grad_(False)
         model = model.to(device, memory_format=torch.channels_last)
         model.load_state_dict(checkpoint["ema" if ema else "model"])
-        if autoguidance != 1:
-            early = copy.deepcopy(model)
-            early.load_state_dict(checkpoint["early"])
-            model = Autoguided(model, early, autoguidance)
         args, names = checkpoint["model_args"], checkpoint["data"]["classes"]
         if args["num_classes"] != len(names) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{args['num_classes']} classes, but these names: {names}")
@@ -411,8 +386,7 @@ class Evaluations:
     """Counts the evaluations of a model. If they take long, it prints their number now and then."""
 
     def __init__(self, model):
-        for network in [model.model, model.early] if isinstance(model, Autoguided) else [model]:
-            network.register_forward_hook(self.add)
+        model.register_forward_hook(self.add)
         self.restart()
 
     def restart(self):
@@ -452,7 +426,7 @@ if __name__ == "__main__":
     if os.environ.get("RANK", "0") != "0":                   # of torchrun's processes, one draws
         raise SystemExit(0)
     device, _, _ = choose_machine(device)
-    method, config, checkpoint = load_run(out_dir, ema, device, autoguidance)
+    method, config, checkpoint = load_run(out_dir, ema, device)
     classes = checkpoint["data"]["classes"]
     C, H, W = checkpoint["picture_shape"]
 

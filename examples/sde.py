@@ -32,7 +32,7 @@ from sample import Draws, flow, load_run, wanted_classes
 out_dir = "assets/cfm"    # folder of the run
 noise = (0.0, 1.0, 3.0, 10.0)    # a row of pictures for each number, all from the same start
 n_samples = 20            # pictures in a row
-steps = 50                # evaluations of the model
+steps = 50                # of an evaluation of the model each
 labels = ""               # the classes to draw, in turn; "": all of them
 save = "out/sde.png"      # or, of one number, an .npz file for bench/quality.py
 batch_size = 250
@@ -93,4 +93,4 @@ if __name__ == "__main__":
         save_pictures(Path(save), to_bytes(x), [], labels_to_save(classes, y))
     else:
         save_image(x / 2 + 0.5, save, nrow=n_samples)
-    say(f"{len(x)} pictures, {steps} evaluations of the model each: {save}")
+    say(f"{len(x)} pictures, {steps} steps each: {save}")

@@ -1,15 +1,15 @@
-"""What a run keeps for drawing: mean pictures, for the first step, and earlier weights as a guide."""
+"""What a run keeps for drawing: mean pictures, for the first step, and its early weights."""
 
 import pytest
 import torch
 from exact import TWO, exact_cfm, exact_ddpm
-from helpers import TINY, here, refused, sample
+from helpers import TINY, here, sample
 
 from cfm import PATHS, VelocityField, draw_times
 from core.checkpoint import in_half, load_checkpoint, save_checkpoint
 from core.pictures import Data
 from ddpm import DenoiseDiffusion
-from sample import draw, flow, load_run
+from sample import draw, flow
 
 MEANS = torch.tensor([0.1, -0.5, 0.7]).reshape(3, 1, 1, 1)
 
@@ -122,32 +122,6 @@ def test_a_resumed_run_keeps_its_early_weights(tmp_path):
     after = load_checkpoint(tmp_path / "out" / "ddpm" / "ckpt.pt")
     assert after["iteration"] == 16 and early
     assert all(torch.equal(v, after["early"][name]) for name, v in early.items())
-
-
-def test_autoguidance_moves_away_from_the_early_weights(trained):
-    script, cwd = trained
-    folder = cwd / "out" / script
-    content = load_checkpoint(folder / "ckpt.pt")
-    assert content["early"], "evaluated at 20 of 40"
-    x, y, t = torch.randn(4, 1, 8, 8), torch.arange(4), torch.full((4,), 0.5)
-
-    def output(**options):
-        return load_run(folder, **options)[0].model(t=t, x=x, y=y)
-
-    good, guided = output(), output(autoguidance=1.5)
-    early = output(autoguidance=0.0)
-    assert not torch.equal(good, early)
-    assert guided.allclose(early + 1.5 * (good - early), atol=1e-5)
-    out = sample(f"--out_dir={folder}", "--autoguidance=2", "--n_samples=4", "--steps=6", cwd=cwd)
-    assert " 10 evaluations of the model" in out
-
-
-def test_autoguidance_needs_early_weights(trained):
-    script, cwd = trained
-    folder = cwd / "out" / script
-    content = load_checkpoint(folder / "ckpt.pt")
-    save_checkpoint(folder / "ckpt.pt", **content | {"early": {}})
-    refused("sample", f"--out_dir={folder}", "--autoguidance=2", cwd=cwd, message="early weights")
 
 
 def test_small_batches_get_their_share_of_uniform_times():
