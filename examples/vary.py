@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from configurator import configure, explained, fail, say
 from core.data import load_held_out
 from core.machine import choose_machine
-from core.pictures import decode_all
+from core.pictures import decode, excess_bits
 from core.save import claim
 from sample import dpm_solver, flow, load_run, wanted_classes
 
@@ -64,7 +64,9 @@ def read_picture(path, shape, background, invert):
     """A file's picture, uint8 (1, C, H, W), brought to shape (C, H, W); calls fail() if unfit."""
     C, H, W = shape
     with explained(f"--picture={path}: "):
-        pixels = next(decode_all([Path(path)], 0, background))[1]       # (3, h, w)
+        pixels = decode(path, 0, background)                            # (3, h, w)
+        if isinstance(pixels, int):                                     # of more than 8 bits
+            pixels = decode(path, 0, background, excess_bits([pixels]))
         grey = ", and from colour to grey" if C == 1 and (pixels != pixels[:1]).any() else ""
         found = Image.fromarray(pixels.transpose(1, 2, 0).copy())
         say(f"{path}: from {found.width} x {found.height} pixels to {W} x {H}{grey}")

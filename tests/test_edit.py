@@ -216,6 +216,14 @@ def test_the_pages_draw_grids_of_a_users_picture_whatever_its_kind(tmp_path):
         assert Image.open(tmp_path / "out" / f"{page}.png").size == (30 * width + 2, 32)
 
 
+def test_a_picture_of_sixteen_bits_is_read_as_one_of_eight(tmp_path):
+    pixels = digit(tmp_path / "eight.png").astype(np.uint16)
+    Image.fromarray(pixels * 257).save(tmp_path / "sixteen.png")
+    read = [vary.read_picture(tmp_path / f"{name}.png", (1, 28, 28), "black", False)
+            for name in ("eight", "sixteen")]
+    assert torch.equal(*read)
+
+
 def test_misuse_ends_in_one_line(tmp_path):
     for name, value in (("black", 0), ("white", 255)):
         Image.fromarray(np.full((28, 28), value, np.uint8)).save(tmp_path / f"{name}.png")
@@ -224,8 +232,9 @@ def test_misuse_ends_in_one_line(tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     given = [*QUICK, "--picture=a.png"]
     for page, options, message in [
-        ("inpaint", [*QUICK, "--picture=none.png"], "No such file"),
-        ("vary", [*QUICK, "--picture=text.png"], "cannot be read"),
+        ("inpaint", [*QUICK, "--picture=none.png"], "--picture=none.png: [Errno 2] No such file"),
+        ("inpaint", [*QUICK, "--picture=."], "--picture=.: [Errno 21] Is a directory"),
+        ("vary", [*QUICK, "--picture=text.png"], "--picture=text.png: cannot identify image file"),
         ("inpaint", [*given, "--mask=none.png"], "No such file"),
         ("inpaint", [*given, "--mask=small.png"], "28 x 28 pixels, not 9 x 9"),
         ("inpaint", [*given, "--mask=black.png"], "must hide some pixels"),
