@@ -92,7 +92,20 @@ def read_picture(path, shape, background, invert):
         found = Image.fromarray(pixels.transpose(1, 2, 0).copy())
         say(f"{path}: from {found.width} x {found.height} pixels to {W} x {H}{grey}")
         x = pil_to_tensor(ImageOps.fit(found, (W, H)).convert("L" if C == 1 else "RGB"))
+        if x.min() == x.max():
+            raise ValueError("all of its pixels are alike: if it is transparent, choose another "
+                             "--background")
     return (255 - x if invert else x)[None]
+
+
+@torch.no_grad()
+def say_if_negative(x, method, shape, invert):
+    """A hint if x, uint8 (1, C, h, w), is bright and the run's pictures (C, H, W) dark, or so."""
+    noise, tau = torch.randn(4, *shape, device=x.device), method.times(1)[0]
+    mean, _ = predictions(tau, noise, flow(method)(tau, noise), clip=True)   # of the run's pictures
+    if mean.mean() * (x.float().mean() / 127.5 - 1) < -0.2:
+        hint = "without" if invert else "with"
+        say(f"it is as bright as a negative of the run's pictures: try it {hint} --invert")
 
 
 def read_mask(mask, H, W):
@@ -121,7 +134,8 @@ if __name__ == "__main__":
     classes, shape = checkpoint["data"]["classes"], checkpoint["picture_shape"]
     wanted, keep = wanted_classes(labels, classes), read_mask(mask, *shape[1:]).to(device)
     if picture:
-        given = read_picture(picture, shape, background, invert)
+        given = read_picture(picture, shape, background, invert).to(device)
+        say_if_negative(given, method, shape, invert)
     else:
         given = load_held_out(config, checkpoint, n_pictures, data_dir=data_dir)[0]
     if Path(save).suffix not in ("", ".png"):

@@ -24,7 +24,7 @@ from core.data import load_held_out
 from core.machine import choose_machine
 from core.pictures import decode, excess_bits
 from core.save import claim
-from sample import dpm_solver, flow, load_run, wanted_classes
+from sample import dpm_solver, flow, load_run, predictions, wanted_classes
 
 # -----------------------------------------------------------------------------
 out_dir = "assets/cfm"    # folder of the run
@@ -71,7 +71,20 @@ def read_picture(path, shape, background, invert):
         found = Image.fromarray(pixels.transpose(1, 2, 0).copy())
         say(f"{path}: from {found.width} x {found.height} pixels to {W} x {H}{grey}")
         x = pil_to_tensor(ImageOps.fit(found, (W, H)).convert("L" if C == 1 else "RGB"))
+        if x.min() == x.max():
+            raise ValueError("all of its pixels are alike: if it is transparent, choose another "
+                             "--background")
     return (255 - x if invert else x)[None]
+
+
+@torch.no_grad()
+def say_if_negative(x, method, shape, invert):
+    """A hint if x, uint8 (1, C, h, w), is bright and the run's pictures (C, H, W) dark, or so."""
+    noise, tau = torch.randn(4, *shape, device=x.device), method.times(1)[0]
+    mean, _ = predictions(tau, noise, flow(method)(tau, noise), clip=True)   # of the run's pictures
+    if mean.mean() * (x.float().mean() / 127.5 - 1) < -0.2:
+        hint = "without" if invert else "with"
+        say(f"it is as bright as a negative of the run's pictures: try it {hint} --invert")
 
 
 if __name__ == "__main__":
@@ -85,7 +98,8 @@ if __name__ == "__main__":
     classes, shape = checkpoint["data"]["classes"], checkpoint["picture_shape"]
     wanted = wanted_classes(labels, classes)
     if picture:
-        x = read_picture(picture, shape, background, invert)
+        x = read_picture(picture, shape, background, invert).to(device)
+        say_if_negative(x, method, shape, invert)
     else:
         x, _ = load_held_out(config, checkpoint, n_pictures, data_dir=data_dir)
     claim(Path(save))

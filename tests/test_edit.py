@@ -145,7 +145,7 @@ def test_the_pages_share_what_they_share_byte_for_byte():
         return text[name].split(start)[1].split(end)[0]
 
     method = ("def weigh_classes", "def read_picture")
-    reading = ("def read_picture", "[None]\n")
+    reading = ("def read_picture", '--invert")\n')
     assert part("inpaint", *method) == part("enlarge", *method)
     assert len({part(name, *reading) for name in text}) == 1
 
@@ -224,17 +224,38 @@ def test_a_picture_of_sixteen_bits_is_read_as_one_of_eight(tmp_path):
     assert torch.equal(*read)
 
 
+def test_a_negative_is_noticed_and_nothing_else_is(tmp_path):
+    """Dark ink on white paper for a run of white on black; a photograph is neither."""
+    pixels = digit(tmp_path / "white.png")
+    Image.fromarray(255 - pixels).save(tmp_path / "dark.png")
+    Image.fromarray(np.arange(28 * 28, dtype=np.uint8).reshape(28, 28)).save(tmp_path / "photo.png")
+    for options, hint in [
+        (["--picture=white.png"], ""),
+        (["--picture=photo.png"], ""),
+        (["--picture=dark.png"], "try it with --invert"),
+        (["--picture=dark.png", "--invert"], ""),
+        (["--picture=white.png", "--invert"], "try it without --invert"),
+    ]:
+        for page in ("inpaint", "enlarge", "vary"):
+            said = here(f"examples/{page}", *QUICK, "--labels=1", *options, cwd=tmp_path)
+            assert hint in said and ("try it" in said) == bool(hint)
+
+
 def test_misuse_ends_in_one_line(tmp_path):
     for name, value in (("black", 0), ("white", 255)):
         Image.fromarray(np.full((28, 28), value, np.uint8)).save(tmp_path / f"{name}.png")
     digit(tmp_path / "a.png")
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(tmp_path / "small.png")
     (tmp_path / "text.png").write_text("no picture")
+    ink = np.zeros((28, 28, 4), np.uint8)
+    ink[4:24, 8:12, 3] = 255
+    Image.fromarray(ink).save(tmp_path / "ink.png")
     given = [*QUICK, "--picture=a.png"]
     for page, options, message in [
         ("inpaint", [*QUICK, "--picture=none.png"], "--picture=none.png: [Errno 2] No such file"),
         ("inpaint", [*QUICK, "--picture=."], "--picture=.: [Errno 21] Is a directory"),
         ("vary", [*QUICK, "--picture=text.png"], "--picture=text.png: cannot identify image file"),
+        ("vary", [*QUICK, "--picture=ink.png"], "all of its pixels are alike"),
         ("inpaint", [*given, "--mask=none.png"], "No such file"),
         ("inpaint", [*given, "--mask=small.png"], "28 x 28 pixels, not 9 x 9"),
         ("inpaint", [*given, "--mask=black.png"], "must hide some pixels"),
