@@ -31,7 +31,8 @@ from sample import flow, load_run, predictions, wanted_classes
 out_dir = "assets/cfm"    # folder of the run
 picture = ""              # a file, brought to the run's size; "": held-out pictures of the run
 mask = "right"            # the part to fill in: right, left, upper or lower half, or square, the
-#                           middle; or a file of the run's size, white where pixels are hidden
+#                           middle; or a file of the picture's size, or of the run's, white where
+#                           pixels are hidden
 fills = 4                 # of each picture
 n_pictures = 10           # held-out ones, if no picture is given
 labels = ""               # the classes of the pictures, in turn; "": unknown
@@ -117,9 +118,12 @@ def read_mask(mask, H, W):
     else:
         with explained(f"--mask={mask} must be one of {', '.join(PARTS)}, or a picture's file: "):
             found = Image.open(mask).convert("L")
-            if found.size != (W, H):
-                raise ValueError(f"of {W} x {H} pixels, not {found.width} x {found.height}")
-            hidden = pil_to_tensor(found)[None] > 127
+            if found.width < W or found.height < H:
+                size = f"{found.width} x {found.height}"
+                raise ValueError(f"of at least {W} x {H} pixels, not {size}")
+            found = found.point(lambda value: 255 * (value > 127))
+            found = ImageOps.fit(found, (W, H), Image.Resampling.BOX)
+            hidden = pil_to_tensor(found)[None] > 0          # wherever any of it is white
     if hidden.all() or not hidden.any():
         fail(f"--mask={mask} must hide some pixels, which are white, and not all")
     return ~hidden

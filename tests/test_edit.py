@@ -190,6 +190,20 @@ def test_inpaint_takes_a_mask_of_your_own(tmp_path):
         assert (x[mask == 0] == known[mask == 0]).all()
 
 
+def test_a_mask_of_the_pictures_size_hides_the_same_place(tmp_path):
+    """Both are cropped to the middle. A pixel is hidden if any of what it shows is."""
+    pixels, mask = np.zeros((2, 200, 300), np.uint8)
+    pixels[100:120, 150:170] = mask[100:120, 150:170] = 255      # pixels 14 to 16.8 of 28
+    for name, content in (("a", pixels), ("mask", mask)):
+        Image.fromarray(content).save(tmp_path / f"{name}.png")
+    keep = inpaint.read_mask(str(tmp_path / "mask.png"), 28, 28)
+    expected = torch.ones(1, 1, 28, 28, dtype=torch.bool)
+    expected[..., 14:17, 14:17] = False
+    assert torch.equal(keep, expected)
+    x = inpaint.read_picture(tmp_path / "a.png", (1, 28, 28), "black", False)
+    assert x[expected].max() < 30 and x[..., 14:16, 14:16].min() > 200
+
+
 @pytest.mark.parametrize("factor", [2, 4])
 def test_enlarged_pictures_averaged_are_the_input_within_one_grey_level(factor, tmp_path):
     size = 28 // factor
@@ -257,7 +271,7 @@ def test_misuse_ends_in_one_line(tmp_path):
         ("vary", [*QUICK, "--picture=text.png"], "--picture=text.png: cannot identify image file"),
         ("vary", [*QUICK, "--picture=ink.png"], "all of its pixels are alike"),
         ("inpaint", [*given, "--mask=none.png"], "No such file"),
-        ("inpaint", [*given, "--mask=small.png"], "28 x 28 pixels, not 9 x 9"),
+        ("inpaint", [*given, "--mask=small.png"], "at least 28 x 28 pixels, not 9 x 9"),
         ("inpaint", [*given, "--mask=black.png"], "must hide some pixels"),
         ("inpaint", [*given, "--mask=white.png"], "and not all"),
         ("inpaint", [*given, "--labels=cat"], "there is no class cat"),
