@@ -74,7 +74,11 @@ def weigh_classes(method, project, x, n_classes, trials=5, sharpness=6, randn=to
 
 @torch.no_grad()
 def restore(method, project, x, y=None, steps=20, randn=torch.randn_like):
-    """PnP-Flow: pictures (B, C, H, W) that agree with what is known, for project and x as above."""
+    """
+    PnP-Flow: pictures (B, *dim) that agree with what is known, for project and x as above.
+
+    What the model predicts is clipped to [-1, 1], so data must lie within. randn(x) draws noise.
+    """
     v = flow(method, y)
     for tau in method.times(steps)[:-1]:
         z = tau * project(x) + (1 - tau) * randn(x)
