@@ -79,10 +79,10 @@ def read_picture(path, shape, background, invert):
 
 @torch.no_grad()
 def say_if_negative(x, method, shape, invert):
-    """A hint if x, uint8 (1, C, h, w), is bright and the run's pictures (C, H, W) dark, or so."""
+    """A hint if x, uint8 (1, C, h, w), is bright and the run's grey pictures dark, or so."""
     noise, tau = torch.randn(4, *shape, device=x.device), method.times(1)[0]
     mean, _ = predictions(tau, noise, flow(method)(tau, noise), clip=True)   # of the run's pictures
-    if mean.mean() * (x.float().mean() / 127.5 - 1) < -0.2:
+    if shape[0] == 1 and mean.mean() * (x.float().mean() / 127.5 - 1) < -0.2:
         hint = "without" if invert else "with"
         say(f"it is as bright as a negative of the run's pictures: try it {hint} --invert")
 

@@ -253,6 +253,10 @@ def test_a_negative_is_noticed_and_nothing_else_is(tmp_path):
         for page in ("inpaint", "enlarge", "vary"):
             said = here(f"examples/{page}", *QUICK, "--labels=1", *options, cwd=tmp_path)
             assert hint in said and ("try it" in said) == bool(hint)
+    pixels[:], pixels[9, 9] = 0, 255                         # for a run of bright pictures in colour
+    Image.fromarray(pixels).save(tmp_path / "dot.png")
+    faces = f"--out_dir={ROOT / 'assets' / 'faces'}"
+    assert "try it" not in here("examples/vary", *QUICK, faces, "--picture=dot.png", cwd=tmp_path)
 
 
 def test_misuse_ends_in_one_line(tmp_path):
