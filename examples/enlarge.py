@@ -109,7 +109,8 @@ def read_picture(path, shape, background, invert):
             pixels = decode(path, 0, background, excess_bits([pixels]))
         grey = ", and from colour to grey" if C == 1 and (pixels != pixels[:1]).any() else ""
         found = Image.fromarray(pixels.transpose(1, 2, 0).copy())
-        say(f"{path}: from {found.width} x {found.height} pixels to {W} x {H}{grey}")
+        middle = ", cropped to its middle" if found.width * H != found.height * W else ""
+        say(f"{path}: from {found.width} x {found.height} pixels to {W} x {H}{middle}{grey}")
         x = pil_to_tensor(ImageOps.fit(found, (W, H)).convert("L" if C == 1 else "RGB"))
         if x.min() == x.max():
             raise ValueError("all of its pixels are alike: if it is transparent, choose another "

@@ -226,7 +226,8 @@ def test_the_pages_draw_grids_of_a_users_picture_whatever_its_kind(tmp_path):
     Image.fromarray(colours).save(tmp_path / "mine.png")
     for page, width in (("inpaint", 6), ("enlarge", 6), ("vary", 11)):
         said = here(f"examples/{page}", *QUICK, "--picture=mine.png", cwd=tmp_path)
-        assert "mine.png: from 60 x 40 pixels to" in said and "from colour to grey" in said
+        assert "mine.png: from 60 x 40 pixels to" in said
+        assert "cropped to its middle, and from colour to grey" in said
         assert Image.open(tmp_path / "out" / f"{page}.png").size == (30 * width + 2, 32)
 
 
