@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageColor, ImageOps, PngImagePlugin
+from torchvision.transforms.functional import pil_to_tensor
 
 from configurator import explained, fail, say
 from core.checkpoint import atomic_write, require_room
@@ -309,6 +310,33 @@ def excess_bits(values):
         raise ValueError(f"pixels have values up to {most}: convert them to 8 or 16 bits")
     say(f"pixels have values up to {most}: read as {depth} bits")
     return depth - 8
+
+
+def load_picture(path, shape, background="black", invert=False, means=None):
+    """
+    The picture in a file, uint8 (1, C, H, W), brought to shape (C, H, W); calls fail() if unfit.
+
+    background is behind a transparent one. means, as of Data.means(), are those of a run: of grey
+    pictures, a hint is printed if this one is as bright as a negative of them.
+    """
+    C, H, W = shape
+    with explained(f"--picture={path}: "):
+        pixels = decode(path, 0, background)                 # (3, h, w)
+        if isinstance(pixels, int):                          # the largest, of more than 8 bits
+            pixels = decode(path, 0, background, excess_bits([pixels]))
+        grey = ", and from colour to grey" if C == 1 and (pixels != pixels[:1]).any() else ""
+        found = Image.fromarray(pixels.transpose(1, 2, 0).copy())
+        middle = ", cropped to its middle" if found.width * H != found.height * W else ""
+        say(f"{path}: from {found.width} x {found.height} pixels to {W} x {H}{middle}{grey}")
+        x = pil_to_tensor(ImageOps.fit(found, (W, H)).convert("L" if C == 1 else "RGB"))[None]
+        if x.min() == x.max():
+            raise ValueError("all of its pixels are alike: if it is transparent, choose another "
+                             "--background")
+    x = 255 - x if invert else x
+    if C == 1 and means is not None and means[0].mean() * (x.float().mean() / 127.5 - 1) < -0.2:
+        hint = "without" if invert else "with"
+        say(f"it is as bright as a negative of the run's pictures: try it {hint} --invert")
+    return x
 
 
 def say_if_one_level_off(folder, files):

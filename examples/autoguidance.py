@@ -2,7 +2,7 @@
 Autoguidance: draw away from what the same run would have drawn early in its training.
 
     python examples/autoguidance.py --out_dir=assets/cfm                  # a grid
-    python examples/autoguidance.py --n_samples=10000 --save=out/digits.npz    # for bench/quality.py
+    python examples/autoguidance.py --n_samples=10000 --save=out/digits.npz   # for bench/quality.py
 
 Karras et al. 2024 (arXiv 2406.02507), section 4: with a model D and a worse one,
     D_worse + scale (D - D_worse)

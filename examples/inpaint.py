@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from configurator import configure, explained, fail, say
 from core.data import load_held_out
 from core.machine import choose_machine
-from core.pictures import decode, excess_bits
+from core.pictures import load_picture
 from core.save import claim, save_pngs, to_bytes
 from sample import flow, load_run, predictions, wanted_classes
 
@@ -86,34 +86,6 @@ def restore(method, project, x, y=None, steps=20, randn=torch.randn_like):
     return project(x)
 
 
-def read_picture(path, shape, background, invert):
-    """A file's picture, uint8 (1, C, H, W), brought to shape (C, H, W); calls fail() if unfit."""
-    C, H, W = shape
-    with explained(f"--picture={path}: "):
-        pixels = decode(path, 0, background)                            # (3, h, w)
-        if isinstance(pixels, int):                                     # of more than 8 bits
-            pixels = decode(path, 0, background, excess_bits([pixels]))
-        grey = ", and from colour to grey" if C == 1 and (pixels != pixels[:1]).any() else ""
-        found = Image.fromarray(pixels.transpose(1, 2, 0).copy())
-        middle = ", cropped to its middle" if found.width * H != found.height * W else ""
-        say(f"{path}: from {found.width} x {found.height} pixels to {W} x {H}{middle}{grey}")
-        x = pil_to_tensor(ImageOps.fit(found, (W, H)).convert("L" if C == 1 else "RGB"))
-        if x.min() == x.max():
-            raise ValueError("all of its pixels are alike: if it is transparent, choose another "
-                             "--background")
-    return (255 - x if invert else x)[None]
-
-
-@torch.no_grad()
-def say_if_negative(x, method, shape, invert):
-    """A hint if x, uint8 (1, C, h, w), is bright and the run's grey pictures dark, or so."""
-    noise, tau = torch.randn(4, *shape, device=x.device), method.times(1)[0]
-    mean, _ = predictions(tau, noise, flow(method)(tau, noise), clip=True)   # of the run's pictures
-    if shape[0] == 1 and mean.mean() * (x.float().mean() / 127.5 - 1) < -0.2:
-        hint = "without" if invert else "with"
-        say(f"it is as bright as a negative of the run's pictures: try it {hint} --invert")
-
-
 def read_mask(mask, H, W):
     """Which pixels are known, bool (1, 1, H, W); calls fail() if that is all of them, or none."""
     hidden = torch.zeros(1, 1, H, W, dtype=torch.bool)
@@ -143,8 +115,7 @@ if __name__ == "__main__":
     classes, shape = checkpoint["data"]["classes"], checkpoint["picture_shape"]
     wanted, keep = wanted_classes(labels, classes), read_mask(mask, *shape[1:]).to(device)
     if picture:
-        given = read_picture(picture, shape, background, invert).to(device)
-        say_if_negative(given, method, shape, invert)
+        given = load_picture(picture, shape, background, invert, method.means)
     else:
         given = load_held_out(config, checkpoint, n_pictures, data_dir=data_dir)[0]
     if Path(save).suffix not in ("", ".png"):
