@@ -313,10 +313,14 @@ def classifier_free_guidance(model, t, x, y, scale):
     dtype = torch.promote_types(x.dtype, torch.float32)     # in half precision errors would add up
     if t.is_floating_point():                               # in bfloat16 nearby times are the same
         t = t.to(torch.promote_types(t.dtype, dtype))
-    if y is None or scale == 1:
-        return model(t=t, x=x, y=y).to(dtype)
-    no_label = torch.full_like(y, -1)
-    out = model(t=torch.cat([t, t]), x=torch.cat([x, x]), y=torch.cat([y, no_label])).to(dtype)
+    guided = y is not None and scale != 1
+    if guided:
+        t, x, y = torch.cat([t, t]), torch.cat([x, x]), torch.cat([y, torch.full_like(y, -1)])
+    out = model(t=t, x=x, y=y).to(dtype)
+    if out.shape != x.shape:                                 # broadcasting would hide it
+        raise ValueError(f"the model returned {tuple(out.shape)} for an x of {tuple(x.shape)}")
+    if not guided:
+        return out
     labelled, unlabelled = out.chunk(2)
     return unlabelled + scale * (labelled - unlabelled)
 

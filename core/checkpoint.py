@@ -96,9 +96,14 @@ def save_checkpoint(path, **content):
 
 
 def in_half(state):
-    """A copy of a state dict on the CPU, with its floating-point tensors in float16."""
-    return {name: v.to("cpu", torch.float16 if v.is_floating_point() else v.dtype, copy=True)
-            for name, v in state.items()}
+    """A copy of a state dict on the CPU, with the floating-point tensors in float16 that fit."""
+    def half(v):
+        if not torch.is_tensor(v):                   # a module's extra state
+            return v
+        fits = v.is_floating_point() and not (v.abs() > 65504).any()
+        return v.to("cpu", torch.float16 if fits else v.dtype, copy=True)
+
+    return {name: half(v) for name, v in state.items()}
 
 
 def load_checkpoint(path, method=None):

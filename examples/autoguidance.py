@@ -48,7 +48,8 @@ class Autoguided(torch.nn.Module):
         self.model, self.early, self.scale = model, early, scale
 
     def forward(self, t, x, y=None):
-        return torch.lerp(self.early(t, x, y), self.model(t, x, y), self.scale)
+        early = self.early(t=t, x=x, y=y)
+        return torch.lerp(early, self.model(t=t, x=x, y=y), self.scale)
 
 
 def load_guided(folder, scale, device="cpu"):

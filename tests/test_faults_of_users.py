@@ -106,6 +106,48 @@ def test_any_network_that_fits_the_data_trains_and_draws(script, network, option
     here("sample", "--out_dir=x", "--n_samples=2", "--save=x.npz", cwd=tmp_path)
 
 
+class Stateful(Other):
+    """It takes keywords alone, has state that is no tensor, and a number too large for float16."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.register_buffer("large", torch.tensor(1e6))
+
+    def get_extra_state(self):
+        return "text"
+
+    def set_extra_state(self, state):
+        assert state == "text"
+
+    def forward(self, *, x, t, y):
+        return super().forward(t, x, y) * self.large / 1e6
+
+
+@pytest.mark.parametrize("script", ["cfm", "ddpm"])
+def test_early_weights_of_any_network_are_kept(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(unet, "UNet", Stateful)
+    here(script, *ONE, "--eval_interval=1", cwd=tmp_path)
+    early = checkpoint(tmp_path / "x")["early"]
+    assert early["large"] == 1e6 and early["first.weight"].dtype == torch.float16
+    assert "text" in early.values()
+    here("sample", "--out_dir=x", "--n_samples=2", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("guidance", [1, 2])
+@pytest.mark.parametrize("wrong", [
+    lambda x: x[:, 0], lambda x: x.permute(0, 2, 3, 1), lambda x: torch.cat([x, x], 1), torch.mean,
+])
+def test_what_a_network_returns_in_another_shape_is_not_broadcast(wrong, guidance):
+    """As if it had learned, the loss fell: towards the mean of all pictures and places."""
+    x, y = torch.randn(4, 1, 8, 6), torch.arange(4)
+    for method in (cfm.VelocityField(lambda t, x, y: wrong(x), cfm.ConditionalFlowMatcher()),
+                   ddpm.DenoiseDiffusion(lambda t, x, y: wrong(x), 10)):
+        with pytest.raises(ValueError, match=r"the model returned \(.*\) for an x of "):
+            method.loss(x, y)
+        with pytest.raises(ValueError, match=r"the model returned \(.*\) for an x of "):
+            method.sample(x, y, guidance=guidance)
+
+
 # ---- precision ----
 
 class Plain(nn.Module):
