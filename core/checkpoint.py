@@ -2,6 +2,7 @@
 import contextlib
 import io
 import os
+import pickle
 import re
 import secrets
 import shutil
@@ -123,7 +124,10 @@ def load_checkpoint(path, method=None):
                                                    for name, kind in CONTENT.items()):
             raise ValueError("it was not written by this program")
     except Exception as e:                           # a damaged file raises almost anything
-        message = f"there is no valid checkpoint {path} ({' '.join(str(e).split())[:100]})"
+        reason = " ".join(str(e).split())[:100]
+        if isinstance(e, pickle.UnpicklingError):    # torch's message says how to unpickle it
+            reason = "it is damaged, or holds more than tensors and plain values"
+        message = f"there is no valid checkpoint {path} ({reason})"
         backup = backup_path(path)
         if backup.exists():
             message = f"{message}; to use the previous one: mv {backup} {path}"

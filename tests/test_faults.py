@@ -223,6 +223,13 @@ def test_what_is_no_checkpoint_is_refused_and_executes_nothing(ran, tmp_path):
         assert (tmp_path / "x" / "ckpt.pt").read_bytes() == content
 
 
+def test_what_holds_other_objects_is_refused_without_advice_to_unpickle_it(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "ckpt.pt").write_bytes(saved({"epoch": np.int64(3)}))
+    refused("sample", "--out_dir=x", cwd=tmp_path,
+            message="x/ckpt.pt (it is damaged, or holds more than tensors and plain values)\n")
+
+
 def test_a_flipped_bit_is_noticed_or_makes_no_difference(ran, tmp_path, capsys):
     script, cwd = ran
     whole, draw = (cwd / "x" / "ckpt.pt").read_bytes(), random.Random(0)
