@@ -77,7 +77,7 @@ def require_room(folder, needed):
 
 def save_checkpoint(path, **content):
     """Write tensors and plain values, whole or not at all; the older file goes to backup_path()."""
-    for name in {"model", "ema"} & content.keys():   # in the memory layout others expect
+    for name in {"model", "ema", "early"} & content.keys():     # laid out as others expect
         content[name] = {key: v.contiguous() if torch.is_tensor(v) else v
                          for key, v in content[name].items()}
     buffer = io.BytesIO()                            # on a full disk torch.save() may abort the run

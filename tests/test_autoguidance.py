@@ -12,7 +12,7 @@ from core.checkpoint import load_checkpoint, save_checkpoint
 from sample import load_run
 
 sys.path.insert(0, str(ROOT / "examples"))
-from autoguidance import load_guided
+from autoguidance import Autoguided, load_guided
 
 EXAMPLE = "examples/autoguidance"
 
@@ -67,3 +67,8 @@ def test_a_run_without_early_weights_is_refused(trained):
     path = cwd / "out" / script / "ckpt.pt"
     save_checkpoint(path, **load_checkpoint(path) | {"early": {}})
     refused(EXAMPLE, f"--out_dir=out/{script}", cwd=cwd, message="no early weights")
+
+
+def test_networks_are_called_by_keyword():
+    network = Autoguided(lambda *, x, y, t: 3 * x + t, lambda *, t, x, y: x, 2.0)
+    assert network(t=torch.tensor([1.0]), x=torch.tensor([10.0]), y=None).item() == 52
