@@ -39,7 +39,7 @@ class ConditionalFlowMatcher:
 
     Its mean is a straight line, mu_t = t x1 + (1 - t) x0, and sigma_t = sigma is constant. Any
     Gaussian path has the velocity
-        u_t(x | x0, x1) = sigma_t' / sigma_t (x - mu_t) + mu_t'      (Lipman et al., theorem 3),
+        u_t(x | x0, x1) = sigma_t' / sigma_t (x - mu_t) + mu_t'      (Lipman et al., theorem 3).
     Here sigma_t' = 0, so it is mu_t' = x1 - x0. Training takes place at xt = t x1 + (1 - t) x0 +
     sigma epsilon, with ut = x1 - x0 as the target. The other paths below override what differs.
 
@@ -241,7 +241,7 @@ class VelocityField:
     """
     textbook = ["textbook"]      # the names by which sample.py calls sample()
     most_steps = math.inf        # the most steps that a sampler may take
-    means = None                 # mean pictures, by class: with them sample.py takes its first step
+    means = None                 # mean pictures, by class: with them the first step needs no model
 
     def __init__(self, v_model, matcher, t_mean=0.0, t_uniform=1.0):
         self.v_model = v_model
@@ -384,8 +384,8 @@ ema_decay = 0.999         # of the averaged weights, which are used for sampling
 #                           to 0.999 at iteration 8,990: a higher one changes nothing before that
 # grids
 sampler = "dpm++"         # or textbook, for sample() above, or one of SAMPLERS in sample.py
-sample_steps = 6          # the first needs no evaluation of the model, so five in all; midpoint and
-#                           heun have two a step, rk4 four
+sample_steps = 6          # with mean pictures the first takes no evaluation: five in all; midpoint
+#                           and heun have two a step, rk4 four
 guidance = 1.0            # guidance scale: 0 unconditional, 1 conditional, above 1 stronger
 # machine
 device = "auto"           # cuda, cuda:1, mps or cpu; auto: the first that is available
@@ -613,7 +613,7 @@ if __name__ == "__main__":
         if logging:
             run.log(it, loss, lr, speed, held_out, optimizer)
             losses.zero_()
-        if evaluating and not early and max_iters / 4 <= it < max_iters:
+        if evaluating and not early and max_iters / 4 <= it <= max_iters / 2:
             early = in_half(ema.state_dict())
         if evaluating or run.stopping:
             run.save(method=METHOD, config=config, iteration=it, losses=losses,

@@ -89,7 +89,7 @@ class DenoiseDiffusion:
     straight = True       # z = tau x0 + (1 - tau) eps is a line, so velocity() determines both ends
     renewable = True      # noise and data are independent, so a sampler may draw fresh noise
     textbook = ["textbook", "ancestral"]             # the names by which sample.py calls sample()
-    means = None          # mean pictures, by class: with them sample.py takes its first step
+    means = None          # mean pictures, by class: with them the first step needs no model
 
     def __init__(self, eps_model, n_steps=1000, device="cpu", schedule="linear",
                  prediction="eps", weighting="simple", variance="fixedlarge",
@@ -381,8 +381,8 @@ ema_decay = 0.999         # of the averaged weights, which are used for sampling
 #                           to 0.999 at iteration 8,990: a higher one changes nothing before that
 # grids
 sampler = "dpm++"         # or textbook, for sample() above, or one of SAMPLERS in sample.py
-sample_steps = 6          # the first needs no evaluation of the model, so five in all; midpoint and
-#                           heun have two a step, rk4 four
+sample_steps = 6          # with mean pictures the first takes no evaluation: five in all; midpoint
+#                           and heun have two a step, rk4 four
 guidance = 1.0            # guidance scale: 0 unconditional, 1 conditional, above 1 stronger
 # machine
 device = "auto"           # cuda, cuda:1, mps or cpu; auto: the first that is available
@@ -610,7 +610,7 @@ if __name__ == "__main__":
         if logging:
             run.log(it, loss, lr, speed, held_out, optimizer)
             losses.zero_()
-        if evaluating and not early and max_iters / 4 <= it < max_iters:
+        if evaluating and not early and max_iters / 4 <= it <= max_iters / 2:
             early = in_half(ema.state_dict())
         if evaluating or run.stopping:
             run.save(method=METHOD, config=config, iteration=it, losses=losses,

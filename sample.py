@@ -36,7 +36,7 @@ sampler = "auto"          # one of SAMPLERS below, or textbook, the method's own
 steps = 0                 # 0: the run's sample_steps. ddpm's textbook takes all its n_steps,
 #                           dopri5 as many as it needs
 eta = 0.0                 # noise in each step of ddim: 0 none, 1 as in ancestral with fixedsmall
-clip = True               # clip predicted data to [-1, 1]; with cfm, in ddim and dpm++ only
+clip = True               # clip predicted data to [-1, 1]; with cfm, only ddim and dpm++ do
 guidance = 1.0            # guidance scale: 0 unconditional, 1 conditional, above 1 stronger
 guidance_interval = (0.0, 1.0)  # times at which guidance acts: 0 is noise, 1 is data
 labels = ""               # the classes to draw, in turn: 3 or 3,1,4 or cat,dog; "": all of them
@@ -193,6 +193,7 @@ SAMPLERS = {"euler": euler, "midpoint": midpoint, "heun": heun, "rk4": rk4, "dop
             "ddim": ddim, "dpm++": dpm_solver}
 STRAIGHT = ["ddim", "dpm++"]                                 # need predictions, so a straight path
 LOOK_AHEAD = ["midpoint", "heun", "rk4", "dopri5"]           # prefer evenly spaced times
+START = 1e-3                                                 # until then z is taken for all noise
 
 
 # ---- drawing with a method, a VelocityField or a DenoiseDiffusion ----
@@ -222,11 +223,18 @@ def times(method, sampler, steps):
     return method.times(steps, even=sampler in LOOK_AHEAD)
 
 
+def has_known_start(method):
+    """Can mean pictures stand in for the model at the method's first time?"""
+    independent = method.straight and method.renewable       # noise and data, on a straight path
+    return method.means is not None and independent and method.times(2)[0] < START
+
+
 def mean_picture(means, y=None, guidance=1.0):
     """
-    E[data | noise] (B, C, H, W) at tau = 0, where z is all noise: the mean picture of each label.
+    E[data | noise] at tau = 0, where z is all noise: the mean picture of each label, (B, C, H, W).
 
-    means (1 + classes, C, H, W): of all pictures, for no label, then of each class.
+    Without labels y it is (1, C, H, W). means (1 + classes, C, H, W): of all pictures, for no
+    label, then of each class.
     """
     return means[:1] if y is None else torch.lerp(means[:1], means[y + 1], guidance)
 
@@ -237,18 +245,19 @@ def flow(method, y=None, guidance=1.0, clip=False, interval=(0.0, 1.0), watch=No
 
     Guidance acts while tau is in the interval (Kynkaanniemi et al. 2024, arXiv 2404.07724): tau is
     a number then. At tau = 0 the data are independent of z, so their mean is the best prediction:
-    if the method has means and tau is a number, the model is not called there. watch(tau, z), if
-    given, is called at each evaluation. dtype is the model's; None: that of z.
+    if has_known_start(method), and tau is a number, the model is not called there. watch(tau, z),
+    if given, is called each time. dtype is the model's; None: that of z.
     """
     low, high = interval
-    known = method.means is not None and method.straight and method.renewable
+    known = has_known_start(method)
 
     def v(tau, z):
         if watch:
             watch(tau, z)
         acts = (low, high) == (0, 1) or low <= tau <= high
-        if known and not torch.is_tensor(tau) and tau < 1e-3:
-            return mean_picture(method.means, y, guidance if acts else 1.0) - z
+        if known and not torch.is_tensor(tau) and tau < START:
+            data = mean_picture(method.means, y, guidance if acts else 1.0)
+            return (data.clamp(-1, 1) if clip else data) - z
         exact = torch.promote_types(z.dtype, torch.float32)
         tau = torch.as_tensor(tau, dtype=exact, device=z.device).expand(len(z))
         return method.velocity(tau, z.to(dtype=dtype), y, guidance if acts else 1.0, clip)
@@ -263,7 +272,7 @@ def draw(method, noise, y=None, sampler="dpm++", steps=6, guidance=1.0, clip=Tru
     Pictures (B, *dim), in about [-1, 1], from noise (B, *dim) and labels y (B,) or None.
 
     Model evaluations per step: 2 for midpoint and heun, 4 for rk4, 6 for dopri5, 1 for the others.
-    If the method has means, all but dopri5 and textbook skip the first: see flow(). options are
+    With mean pictures, all but dopri5 and textbook may skip the first: see flow(). options are
     the sampler's own: eta, randn, atol, rtol. ValueError if sampler or interval does not fit. The
     model is called in the noise's dtype; sums are in float32, or in float64 if the noise is.
     """

@@ -115,7 +115,7 @@ class UNet(nn.Module):
     dropout           in [0, 1], inside the residual blocks
     patch             patch x patch pixels are folded into channels: 2 works at half resolution
     norm_groups       at most so many groups of channels, each normalised by its own mean and
-                      deviation over the picture. Fewer keep more of what its colours are
+                      deviation over the picture. Fewer groups keep its colours more exact
     num_classes       0 for a model without labels
 
     Raises ValueError if channels is odd or attention_levels names a level that does not exist.

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from configurator import configure, explained, fail
 from core.machine import choose_machine
 from quality import load_judge, score
-from sample import SAMPLERS, STRAIGHT, draw, load_run
+from sample import SAMPLERS, STRAIGHT, draw, has_known_start, load_run
 
 # -----------------------------------------------------------------------------
 runs = "out/cfm,out/ddpm"    # folders with a ckpt.pt, of MNIST
@@ -97,7 +97,7 @@ def curves(method, model, is_ddpm, samplers, judge):
     found = {}
     for sampler in samplers:
         for most in EVALUATIONS:
-            saved = method.means is not None         # the first evaluation
+            saved = has_known_start(method)          # then the first evaluation is
             steps = steps_for(sampler, most + saved, is_ddpm)
             if not steps:
                 continue

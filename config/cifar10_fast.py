@@ -25,5 +25,5 @@ max_iters = 7000
 learning_rate = 2e-3     # a third of the default, for a hundred times the parameters
 warmup_iters = 200
 t_mean = -0.4            # more often near the noise, where shapes are decided
-sample_steps = 20        # of dpm++, one evaluation each
+sample_steps = 20        # of dpm++
 eval_interval = 1000

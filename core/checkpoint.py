@@ -77,7 +77,7 @@ def require_room(folder, needed):
 
 def save_checkpoint(path, **content):
     """Write tensors and plain values, whole or not at all; the older file goes to backup_path()."""
-    for name in {"model", "ema", "early"} & content.keys():     # laid out as others expect
+    for name in {"model", "ema", "early"} & content.keys():     # contiguous, as others expect
         content[name] = {key: v.contiguous() if torch.is_tensor(v) else v
                          for key, v in content[name].items()}
     buffer = io.BytesIO()                            # on a full disk torch.save() may abort the run
@@ -138,7 +138,8 @@ def load_checkpoint(path, method=None):
         fail(f"{path} is a run of {checkpoint['method']}.py: resume it with that, "
              "or choose another --out_dir")
     for name in ("config", "model_args"):
-        checkpoint[name] = {"norm_groups": 8} | checkpoint[name]     # there was no other once
+        if "patch" in checkpoint[name]:              # older runs had no such option
+            checkpoint[name] = {"norm_groups": 8} | checkpoint[name]
     for name in ("config", "model_args", "data"):
         checkpoint[name] = drop_retired(path, checkpoint[name])
     return LATER | checkpoint
@@ -149,7 +150,7 @@ def resume(settings, limits, fixed, checkpoint):
     configure() for a resumed run: its saved options, overridden by those given now.
 
     Some options hold for one command only. Prints what has changed. Calls fail() if one of
-    fixed has, or if nothing is left to do.
+    those in fixed has, or if nothing is left to do.
     """
     once = "init_from", "out_dir", "overwrite", "changed_data", "minutes"
     saved, it = checkpoint["config"], checkpoint["iteration"]

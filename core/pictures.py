@@ -63,7 +63,7 @@ class Data:
             sums.index_add_(0, labels + 1, pictures.long())
         weights = torch.full((rows,), max(label_dropout, 1e-9), dtype=torch.double)
         weights[0] = 1                                       # those without a label
-        sums, counts = sums.double().cpu(), counts.double().cpu()
+        sums, counts = sums.cpu().double(), counts.cpu().double()    # MPS has no float64
         sums[0], counts[0] = torch.tensordot(weights, sums, 1), weights @ counts
         means = (sums / counts[:, None, None, None] / 127.5 - 1).float()
         means = (means + means.flip(3)) / 2 if flip else means

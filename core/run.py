@@ -70,7 +70,7 @@ class Run:
     """
     A training run and its folder. Every process has a Run; only the main process's writes.
 
-    It starts from scratch, or goes on from a checkpoint, resumed. A run from scratch removes what
+    It starts from scratch, or goes on from resumed, a checkpoint. A run from scratch removes what
     an older one left. Calls fail() if another run is writing to the folder, or has written to it in
     the meantime.
     """

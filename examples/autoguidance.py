@@ -6,9 +6,10 @@ Autoguidance: draw away from what the same run would have drawn early in its tra
 
 Karras et al. 2024 (arXiv 2406.02507), section 4: with a model D and a worse one,
     D_worse + scale (D - D_worse)
-draws better pictures than D. Where the two agree it changes nothing; where training still made a
+can draw better pictures than D. Where the two agree it changes nothing; where training still made a
 difference, a scale above 1 goes further the same way. Here the worse model costs nothing: each run
-keeps its averaged weights of a quarter of the way. A step takes two evaluations, one of each.
+keeps its averaged weights of the first evaluation after a quarter of its iterations, if one comes
+before half of them. A step takes two evaluations, one of each.
 """
 import copy
 import math
@@ -57,7 +58,7 @@ def load_guided(folder, scale, device="cpu"):
     method, config, checkpoint = load_run(folder, device=device)
     if not checkpoint["early"]:
         fail(f"--out_dir={folder}: the run has no early weights, which it keeps at the first "
-             "evaluation after a quarter of its iterations")
+             "evaluation between a quarter and half of its iterations")
     early = copy.deepcopy(method.model)
     with explained(f"--out_dir={folder}: "):
         early.load_state_dict(checkpoint["early"])
@@ -84,10 +85,12 @@ if __name__ == "__main__":
     count, pictures = Evaluations(method.model.model), []
     for i in range(0, n_samples, batch_size):
         label = y[i:i + batch_size].to(device)
-        noise = Draws(range(i, i + len(label)), shape, device, seed).randn()
+        draws = Draws(range(i, i + len(label)), shape, device, seed)
+        noise = draws.randn()
+        options = {"randn": draws.randn} if sampler in method.textbook else {}
         count.restart()
         with explained(kind=FloatingPointError):             # dopri5 may fail
-            pictures.append(to_bytes(draw(method, noise, label, sampler, steps)))
+            pictures.append(to_bytes(draw(method, noise, label, sampler, steps, **options)))
     x = np.concatenate(pictures)
     with explained(f"--save={save}: ", OSError):
         save_pictures(Path(save), x, [], labels_to_save(classes, y))

@@ -31,7 +31,7 @@ from sample import flow, load_run, predictions, wanted_classes
 out_dir = "assets/cfm"    # folder of the run
 picture = ""              # a file, brought to the run's size; "": held-out pictures of the run
 mask = "right"            # the part to fill in: right, left, upper or lower half, or square, the
-#                           middle; or a file of the picture's size, or of the run's, white where
+#                           middle; or a file of the picture's shape, or the run's size, white where
 #                           pixels are hidden
 fills = 4                 # of each picture
 n_pictures = 10           # held-out ones, if no picture is given

@@ -124,4 +124,5 @@ if __name__ == "__main__":
         if (it + 1) % 1000 == 0 or it + 1 == iterations:
             save_checkpoint(Path(out_dir, "ckpt.pt"), **checkpoint | {
                 "config": config, "iteration": it + 1, "limits": REFLOW if reflow else ONE_STEP,
-                "model": {}, "optimizer": {}, "scaler": {}, "ema": ema.state_dict()})
+                "model": {}, "optimizer": {}, "scaler": {}, "ema": ema.state_dict(),
+                "means": None, "early": {}})         # its pictures depend on the noise

@@ -32,7 +32,7 @@ from sample import Draws, flow, load_run, wanted_classes
 out_dir = "assets/cfm"    # folder of the run
 noise = (0.0, 1.0, 3.0, 10.0)    # a row of pictures for each number, all from the same start
 n_samples = 20            # pictures in a row
-steps = 50                # of an evaluation of the model each
+steps = 50                # of Euler-Maruyama
 labels = ""               # the classes to draw, in turn; "": all of them
 save = "out/sde.png"      # or, of one number, an .npz file for bench/quality.py
 batch_size = 250

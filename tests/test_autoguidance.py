@@ -36,7 +36,7 @@ def test_at_scale_1_it_draws_what_sample_draws_and_above_it_does_not(trained):
     for scale in (1, 3):
         out = here(EXAMPLE, *run, f"--scale={scale}", "--steps=4", f"--save={scale}.npz",
                    "--batch_size=5", cwd=cwd)
-        assert "6 evaluations" in out                        # of the first step none, two a step
+        assert ", 6 evaluations:" in out                        # of the first step none, two a step
         drawn[scale] = np.load(cwd / f"{scale}.npz")
     plain = np.load(cwd / "plain.npz")
     assert (drawn[1]["arr_1"] == plain["arr_1"]).all()
@@ -49,6 +49,15 @@ def test_it_draws_a_grid_of_the_labels_asked_for(trained):
     here(EXAMPLE, f"--out_dir=out/{script}", "--labels=3", "--n_samples=10", "--sampler=heun",
          cwd=cwd)
     assert Image.open(cwd / "out" / "guided.png").size == (10 * 10 + 2, 12)
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_pictures_by_every_sampler(trained):
+    script, cwd = trained
+    for name in ("a", "b"):
+        here(EXAMPLE, f"--out_dir=out/{script}", "--sampler=textbook", "--steps=4", "--n_samples=3",
+             f"--save={name}.npz", cwd=cwd)
+    assert (np.load(cwd / "a.npz")["arr_0"] == np.load(cwd / "b.npz")["arr_0"]).all()
 
 
 @pytest.mark.parametrize("options, message", [

@@ -88,6 +88,7 @@ def test_a_run_begins_with_the_weights_of_its_teacher_and_learns_from_it(teacher
     first, second = checkpoint(teacher / "out" / "cfm"), checkpoint(teacher / "still")
     assert all(torch.equal(second["ema"][name], weight) for name, weight in first["ema"].items())
     assert second["config"]["label_dropout"] == 0 and second["config"]["sample_steps"] == 1
+    assert first["means"] is not None and second["means"] is None and not second["early"]
     page("--iterations=100", "--pool=200", cwd=teacher)  # both folders are the defaults
 
     method, _, state = load_run(teacher / "out" / "cfm")
