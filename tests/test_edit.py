@@ -11,6 +11,7 @@ from PIL import Image
 
 from cfm import ConditionalFlowMatcher, VelocityField
 from core.pictures import load_picture
+from sample import load_run
 
 PAGES = ROOT / "examples"
 sys.path[:0] = [str(PAGES), str(ROOT / "bench")]
@@ -251,9 +252,10 @@ def test_a_negative_is_noticed_and_nothing_else_is(tmp_path):
         for page in ("inpaint", "enlarge", "vary"):
             said = here(f"examples/{page}", *QUICK, "--labels=1", *options, cwd=tmp_path)
             assert hint in said and ("try it" in said) == bool(hint)
-    pixels[:], pixels[9, 9] = 0, 255                         # for a run of bright pictures in colour
+    pixels[:], pixels[9, 9] = 0, 255                         # for a run of bright colours
     Image.fromarray(pixels).save(tmp_path / "dot.png")
     faces = f"--out_dir={ROOT / 'assets' / 'faces'}"
+    assert load_run(ROOT / "assets" / "faces")[0].means.mean() > -0.2
     assert "try it" not in here("examples/vary", *QUICK, faces, "--picture=dot.png", cwd=tmp_path)
 
 

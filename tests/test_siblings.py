@@ -15,7 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 METHOD = "# ----" + 73 * "-"
-TRAINING = "# ==== the same in ddpm.py and cfm.py from here on, byte for byte: guidance, times, training ====\n"
+TRAINING = ("# ==== the same in ddpm.py and cfm.py from here on, byte for byte: "
+            "guidance, times, training ====\n")
 
 
 def parts(name):

@@ -277,7 +277,8 @@ def test_norm_groups_are_at_most_as_many_as_asked_for():
 
 def test_one_group_of_channels_tells_colours_apart_that_eight_groups_do_not():
     """Flat pictures: each group of one channel becomes 0, but the whole keeps their proportions."""
-    x = torch.tensor([[1.0, 0.2, -0.5, 0.3], [0.1, 0.9, 0.4, -0.8]])[:, :, None, None].expand(2, 4, 3, 3)
+    flat = torch.tensor([[1.0, 0.2, -0.5, 0.3], [0.1, 0.9, 0.4, -0.8]])
+    x = flat[:, :, None, None].expand(2, 4, 3, 3)
     separate, together = Norm(4), Norm(4)
     together.num_groups = 1
     assert separate(x).abs().max() < 1e-3
