@@ -28,7 +28,7 @@ import torch
 # -----------------------------------------------------------------------------
 out_dir = "out/cfm"       # folder of the run, with its ckpt.pt
 n_samples = 100           # pictures to draw
-save = "auto"             # x.png: a grid; x.gif: a frame per evaluation; x.npz: arr_0, uint8
+save = "auto"             # x.png: a grid; x.gif: how they form; x.npz: arr_0, uint8
 #                           (N, H, W, C), and arr_1, labels (N,); x: a folder of PNGs;
 #                           auto: a grid in out_dir
 sampler = "auto"          # one of SAMPLERS below, or textbook, the method's own sample(), which

@@ -73,8 +73,8 @@ def test_interpolation_is_between_two_noises_and_reconstruction_restores(trained
     restore = [f"--out_dir=out/{script}", "--task=reconstruct", "--n_samples=30"]
     out = here(PAGE, *restore, "--batch_size=20", cwd=cwd)
     assert "rk4, 20 steps" in out and float(out.split("reconstructed to ")[1].split()[0]) < 1
-    # there and back; ddpm's step next to the data takes one
-    assert f" {2 * 20 * 4 if script == 'cfm' else 2 * (19 * 4 + 1)} evaluations" in out
+    # there and back; ddpm's step next to the data takes one, and the noise is known from its mean
+    assert f" {2 * 20 * 4 - 2 if script == 'cfm' else 2 * (19 * 4 + 1) - 2} evaluations" in out
     with Image.open(cwd / "out" / script / "reconstruct.png") as grid:
         assert grid.size == (10 * 10 + 2, 6 * 10 + 2)  # 30 held-out pictures, each beside its own
         grid = np.asarray(grid.convert("L"))
