@@ -70,7 +70,8 @@ def weigh_classes(method, project, x, n_classes, trials=5, sharpness=6, randn=to
     x (B, C, H, W) is any picture, and project(x) one near it that agrees with what is known. For x
     as the model predicts it, told the class, log |project(x) - x|^2 is, up to a constant, -2 / n
     times the log likelihood of n Gaussian errors of the best width. Li et al. 2023 (arXiv
-    2303.16203) classify by such errors. sharpness stands for n / 2, as they are not independent.
+    2303.16203) classify by such errors. sharpness stands for n / 2, as they are not independent;
+    6 was chosen for digits.
     """
     x, misfit = [x] * n_classes, torch.zeros(len(x), n_classes, device=x.device)
     for tau in [(i + 1) / (2 * trials) for i in range(trials)]:
@@ -90,6 +91,7 @@ def restore(method, project, x, y=None, steps=20, randn=torch.randn_like):
     PnP-Flow: pictures (B, *dim) that agree with what is known, for project and x as above.
 
     What the model predicts is clipped to [-1, 1], so data must lie within. randn(x) draws noise.
+    Fills of one picture differ, but by less than the posterior would have it.
     """
     v = flow(method, y)
     for tau in method.times(steps)[:-1]:
