@@ -107,7 +107,7 @@ def test_any_network_that_fits_the_data_trains_and_draws(script, network, option
 
 
 class Stateful(Other):
-    """It takes keywords alone, has state that is no tensor, and a number too large for float16."""
+    """It accepts only keywords, and holds text and a number too large for float16."""
 
     def __init__(self, **options):
         super().__init__(**options)
