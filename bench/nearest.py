@@ -1,30 +1,33 @@
 """
-Learned, not memorised? How far drawn MNIST digits are from the nearest training picture.
+Learned, not memorised? How far drawn pictures are from the nearest training picture.
 
     pip install -r requirements.txt matplotlib
     python bench/nearest.py out/cfm/digits.npz    # files from sample.py; draws assets/nearest.png
     python bench/nearest.py out/cfm/digits.npz out/ddpm/digits.npz --n=1000      # two files, faster
+    python bench/nearest.py out/mine/drawn.npz --dataset=path/to/pictures --image_size=32
 
-For each digit it finds the nearest of the 60,000 training pictures, by two distances:
+For each picture it finds the nearest training picture, by one or two distances:
     pixels       Euclidean, between pixels in [0, 1]
     features     Euclidean, between features of quality.py's judge A, which care less where exactly
-                 a stroke lies. Their units mean nothing elsewhere
-A row of the table gives quantiles of these distances for a set of digits:
-    a file             its first 4,000 digits (n)
-    test digits        the first 4,000. No model has seen them: a model that has learned draws
-                       digits about as far away, and one that copies draws nearer ones
-    training digits    4,000 at random of the first 50,000, the same ones each time. Each is
-                       compared with all others. The judge has seen them, but not the test digits
-The last column is the share nearer to the last 10,000 training digits than to the 10,000 test
-digits, none of which the judge has seen. It is about a half if nothing was memorised, and unlike
-the quantiles it does not depend on the share of ones.
-The plot shows how many digits are within each distance. Below are the ten digits of the first file
-that are nearest to a training picture in pixels, each above that picture. Most are ones, which vary
-least. The 10% quantile in pixels lies between the ones and the rest, so it depends on their share:
-10% in what sample.py draws, 11% in MNIST.
+                 a stroke lies. Their units mean nothing elsewhere. Of MNIST's digits only
+A row of the table gives quantiles of these distances for a set of pictures:
+    a file       its first 4,000 pictures (n)
+    held-out     the first 4,000; of MNIST, test digits. No model has seen them: a model that has
+                 learned draws pictures about as far away, and one that copies draws nearer ones
+    training     4,000 at random, the same ones each time. Each is compared with all others. They
+                 leave out the last ones, as many as are held out, but a sixth of all at most. The
+                 judge has seen MNIST's, but not the test digits
+The last column is the share nearer to one of those last training pictures than to one of as many
+held-out ones, none of which the judge has seen. It is about a half if nothing was memorised, and
+unlike the quantiles it does not depend on the share of simple pictures, such as ones.
+The plot shows how many pictures are within each distance. Below are pictures of the first file,
+above the nearest training picture and the nearest held-out one, by pixels: on the left the ten that
+are nearest to a training picture, on the right its first ten. Of MNIST the ten nearest are mostly
+ones, which vary least. The 10% quantile in pixels lies between the ones and the rest, so it depends
+on their share: 10% in what sample.py draws, 11% in MNIST.
 
-If a set has fewer than n digits, the others are cut to its size. It takes a minute or two on one
-CPU core, and 3 GB of memory.
+If a set has fewer than n pictures, the others are cut to its size. MNIST takes a minute or two on
+one CPU core, and 3 GB of memory.
 """
 import math
 import sys
@@ -36,21 +39,27 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from configurator import configure, explained, fail
+from core.data import load_data, read_npz
 from core.machine import choose_machine
-from quality import load_digits, load_judge, look, read_pictures
+from core.pictures import visible
+from quality import load_digits, load_judge, look
 
 # -----------------------------------------------------------------------------
-n = 4000                     # how many digits of each set
-data_dir = "data"            # holds MNIST
+n = 4000                     # how many pictures of each set
+dataset = "mnist"            # what the model was trained on: this and the next three as in cfm.py
+data_dir = "data"
+image_size = 0
+background = "white"
 picture = "assets/nearest.png"
 device = "cpu"
 # -----------------------------------------------------------------------------
-LIMITS = {"n": (1, math.inf)}
+LIMITS = {"n": (1, math.inf), "image_size": (0, math.inf)}
+HELD_OUT, TRAINING = "held-out", "training"
 QUANTILES = (0.01, 0.1, 0.5, 0.9)
 
 
 def to_pixels(x):
-    """Pictures x uint8 (N, 1, H, W) as points: float64 (N, H * W) in [0, 1]."""
+    """Pictures x uint8 (N, C, H, W) as points: float64 (N, C * H * W) in [0, 1]."""
     return x.flatten(1).double() / 255
 
 
@@ -58,14 +67,16 @@ def nearest(points, train, own=None):
     """
     (distances (N,), indices (N,)) from points (N, D) to the nearest of train (M, D).
 
-    own (N,) are the points' indices if they are from train: each is compared with all others.
+    own (N,) are the points' indices in train, if they are among it: each is compared with all
+    others. Indices beyond train are of points that are not.
     In float32 the distance of a copy would not be 0, because cdist subtracts large numbers.
     """
     distances, indices = [], []
     for i in range(0, len(points), 250):
         distance = torch.cdist(points[i:i + 250], train)
         if own is not None:
-            distance.scatter_(1, own[i:i + 250, None], math.inf)
+            places = torch.arange(len(train), device=train.device)
+            distance.masked_fill_(own[i:i + 250, None] == places, math.inf)
         found = distance.min(1)
         distances.append(found.values)
         indices.append(found.indices)
@@ -77,41 +88,42 @@ def nearer_share(points, train, test, own=None):
     return (nearest(points, train)[0] < nearest(points, test, own)[0]).double().mean().item()
 
 
-def strip(x):
-    """Pictures (N, 1, H, W) side by side, each in a white frame: (H + 2, N * (W + 2))."""
-    return torch.cat([*F.pad(x, (1, 1, 1, 1), value=255)[:, 0]], 1)
+def show(axis, title, rows, gaps):
+    """Pictures side by side, each in a white frame; rows[name] are uint8 (N, C, H, W)."""
+    strips = [torch.cat([*F.pad(visible(x, 1), (1, 1, 1, 1), value=255)], 2) for x in rows.values()]
+    x = torch.cat(strips, 1).permute(1, 2, 0).cpu().numpy()      # (height, width, channels)
+    axis.imshow(x.squeeze(2) if x.shape[2] == 1 else x, cmap="gray", vmin=0, vmax=255)
+    height, width = strips[0].shape[1], strips[0].shape[2] / len(gaps)
+    axis.set_title(title)
+    axis.set_yticks([height * (i + 0.5) for i in range(len(rows))], [*rows])
+    axis.set_xticks([width * (i + 0.5) for i in range(len(gaps))], [f"{gap:.2f}" for gap in gaps])
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
 
 
-def plot(results, drawn, partners, gaps, file):
+def plot(results, pairs, file):
     """
     A panel for each kind of distance, a line for each set: results[kind][set] are distances.
 
-    Below them are drawn pictures, each above its training partner, and the gaps between them.
+    Below them are pairs[title] = rows, gaps: see show().
     """
     import matplotlib.pyplot as plt
 
-    layout = [[*results], ["pairs"] * len(results)]
-    _, axes = plt.subplot_mosaic(layout, figsize=(10, 6.4), height_ratios=[5, 3])
-    for kind, sets in results.items():
-        axis = axes[kind]
+    figure = plt.figure(figsize=(13, 7.5), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[5, 3])
+    panels = above.subplots(1, len(results), squeeze=False)[0]
+    for axis, (kind, sets) in zip(panels, results.items()):
         for name, distances in sets.items():
-            style = {"test digits": "k-", "training digits": "k:"}.get(name, "-")
+            style = {HELD_OUT: "k-", TRAINING: "k:"}.get(name, "-")
             share = np.linspace(0, 1, len(distances))
             axis.plot(np.sort(distances.cpu().numpy()), share, style, label=name[-40:])
         axis.set(title=kind, xlabel="distance to the nearest training picture")
         axis.set(xlim=(0, None), ylim=(0, 1))
         axis.grid(alpha=0.3)
-    axes["pixels"].set_ylabel("share of digits within it")
-    axes["pixels"].legend()
-    axis = axes["pairs"]
-    rows = torch.cat([strip(drawn), strip(partners)]).cpu().numpy()
-    axis.imshow(rows, cmap="gray", vmin=0, vmax=255)
-    axis.set_title("the drawn digits nearest to a training picture, and their distances in pixels")
-    axis.set_yticks([15, 45], ["drawn", "training"])
-    axis.set_xticks([15 + 30 * i for i in range(len(gaps))], [f"{gap:.2f}" for gap in gaps])
-    axis.tick_params(length=0)
-    axis.spines[:].set_visible(False)
-    plt.tight_layout()
+    panels[0].set_ylabel("share of pictures within it")
+    panels[0].legend()
+    for axis, (title, (rows, gaps)) in zip(below.subplots(1, len(pairs)), pairs.items()):
+        show(axis, title, rows, gaps)
     plt.savefig(file, dpi=80)
 
 
@@ -119,10 +131,13 @@ if __name__ == "__main__":
     files = [a for a in sys.argv[1:] if a.endswith(".npz") and not a.startswith("--")]
     configure(globals(), LIMITS, [a for a in sys.argv[1:] if a not in files])
     if not files:
-        fail("which digits? Name at least one .npz file from sample.py")
+        fail("which pictures? Name at least one .npz file from sample.py")
     if not picture.endswith(".png"):
         fail(f"--picture={picture} must end in .png")
-    drawn = {file: read_pictures(file)[0] for file in files}
+    drawn = {}
+    for file in files:
+        with explained(f"{file}: "):
+            drawn[file] = torch.tensor(read_npz(file)[0]).permute(0, 3, 1, 2)
     device, *_ = choose_machine(device)
     with explained("the plot: "):                     # fails before minutes of work
         import matplotlib
@@ -130,39 +145,56 @@ if __name__ == "__main__":
         matplotlib.use("Agg")
         Path(picture).parent.mkdir(parents=True, exist_ok=True)
         Path(picture).touch()
-    with explained():
-        judge, _ = load_judge(device=device)
-        (x_train, _), (x_test, _) = load_digits(data_dir, device)
+    kinds = {"pixels": to_pixels}
+    with explained(f"--dataset={dataset}: "):
+        if dataset == "mnist":
+            judge, _ = load_judge(device=device)
+            kinds["features"] = lambda x: look(judge, x)[0]
+            (x_train, _), (x_held_out, _) = load_digits(data_dir, device)
+        else:
+            data = load_data(dataset, data_dir, image_size, background=background).to(device)
+            x_train, x_held_out = data.train[0], data.held_out[0]
+    for file, x in drawn.items():
+        if x.shape[1:] != x_train.shape[1:]:
+            fail(f"{file} holds pictures of {tuple(x.shape[1:])}, but --dataset={dataset} "
+                 f"of {tuple(x_train.shape[1:])}")
 
-    sets = drawn | {"test digits": x_test, "training digits": x_train}
-    shortest = min(sets, key=lambda name: len(sets[name]))
-    count = min(n, len(sets[shortest]))
+    sets = drawn | {HELD_OUT: x_held_out, TRAINING: x_train}
+    unseen = min(len(x_train) // 6, len(x_held_out))
+    sizes = {name: len(x) for name, x in sets.items()} | {TRAINING: len(x_train) - unseen}
+    shortest = min(sizes, key=sizes.get)
+    count = min(n, sizes[shortest])
     if count < n:
-        print(f"{count} digits of each set: {shortest} has no more")
-    unseen = len(x_train) // 6                        # the last ones: as many as test digits
-    order = torch.randperm(len(x_train) - unseen, generator=torch.Generator().manual_seed(0))
+        print(f"{count} pictures of each set: {shortest} has no more")
+    order = torch.randperm(sizes[TRAINING], generator=torch.Generator().manual_seed(0))
     chosen = order[:count].to(device)
     sets = {name: x[:count].to(device) for name, x in sets.items()}
-    sets["training digits"] = x_train[chosen]
+    sets[TRAINING] = x_train[chosen]
 
-    kinds = {"pixels": to_pixels, "features": lambda x: look(judge, x)[0]}
     results, neighbours = {kind: {} for kind in kinds}, {}
     head = [f"{q:.0%}" for q in QUANTILES] + ["nearer to training"]
     print(f"| distance | of {count:,} | " + " | ".join(head) + " |")
     print("|---|---|" + len(head) * "---:|", flush=True)
     for kind, to_points in kinds.items():
-        train, test = to_points(x_train), to_points(x_test)
+        train, held_out = to_points(x_train), to_points(x_held_out)
         for name, x in sets.items():
             points = to_points(x)
-            own = chosen if name == "training digits" else None
+            own = chosen if name == TRAINING else None
             results[kind][name], neighbours[kind, name] = nearest(points, train, own)
             quantiles = [results[kind][name].quantile(q).item() for q in QUANTILES]
-            own = torch.arange(count, device=device) if name == "test digits" else None
-            share = nearer_share(points, train[-unseen:], test, own)
+            own = torch.arange(count, device=device) if name == HELD_OUT else None
+            share = nearer_share(points, train[-unseen:], held_out[:unseen], own)
             cells = [kind, name, *(f"{q:.2f}" for q in quantiles), f"{share:.1%}"]
             print("| " + " | ".join(cells) + " |", flush=True)
 
-    gaps, best = results["pixels"][files[0]].topk(min(10, count), largest=False)
-    partners = x_train[neighbours["pixels", files[0]][best]]
-    plot(results, sets[files[0]][best], partners, gaps.tolist(), picture)
+    first, gaps = sets[files[0]], results["pixels"][files[0]]
+    partners = x_train[neighbours["pixels", files[0]]]
+    best = gaps.topk(min(10, count), largest=False).indices
+    pairs = {}
+    for title, i in (("nearest to a training picture", best), ("the first", range(len(best)))):
+        i = torch.as_tensor(i, device=device)
+        others = x_held_out[nearest(to_pixels(first[i]), to_pixels(x_held_out))[1]]
+        rows = {"drawn": first[i], "training": partners[i], "held-out": others}
+        pairs[f"{title}, and the distances"] = rows, gaps[i].tolist()
+    plot(results, pairs, picture)
     print(f"drew {picture}")

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from core.data import draw_flowers
 from helpers import here, run_here
@@ -731,6 +732,8 @@ def test_nearest_by_hand():
     assert distances.tolist() == [1, 1] and indices.tolist() == [0, 3]
     distances, indices = nearest(train[[3, 1, 0]], train, own=torch.tensor([3, 1, 0]))
     assert distances.tolist() == [7, 0, 5] and indices[1] == 2
+    distances, _ = nearest(train[[3, 0]], train[:3], own=torch.tensor([3, 0]))
+    assert distances.tolist() == [7, 5]                    # the first is not among them
     x = torch.randint(256, (600, 1, 5, 4), dtype=torch.uint8)  # several batches
     points = to_pixels(x)
     assert points.shape == (600, 20) and torch.equal(points[0], x[0].double().flatten() / 255)
@@ -771,21 +774,21 @@ def test_nearest_prints_quantiles_and_draws_the_plot(digits, tmp_path):
     train, test, drawn = (x.flatten(1).double().numpy() / 255 for x in digits)
     code, out, err = run_here("bench/nearest", "drawn.npz", "--picture=new/plot.png", cwd=tmp_path)
     assert code == 0, err
-    assert out.startswith("30 digits of each set: drawn.npz has no more\n| distance | of 30 | 1% |")
+    assert out.startswith("30 pictures of each set: drawn.npz has no more\n| distance | of 30 | 1% |")
     assert " | 90% | nearer to training |\n" in out
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()[3:-1]]
-    sets = ["drawn.npz", "test digits", "training digits"]
+    sets = ["drawn.npz", "held-out", "training"]
     assert [row[:2] for row in rows] == [[kind, name] for kind in ("pixels", "features") for name in sets]
     for kind, name, *printed in rows[:2] + rows[3:5]:
-        x = {"drawn.npz": drawn, "test digits": test[:30]}[name]
+        x = {"drawn.npz": drawn, "held-out": test[:30]}[name]
         to_points = {"pixels": lambda x: x, "features": sums_of_halves}[kind]
         gaps = np.linalg.norm(to_points(x)[:, None] - to_points(train), axis=2).min(1)
         expected = np.quantile(gaps, [0.01, 0.1, 0.5, 0.9])
         assert [float(value) for value in printed[:4]] == pytest.approx(expected, abs=0.006)
         to_train, to_test = (np.linalg.norm(to_points(x)[:, None] - to_points(others), axis=2)
-                             for others in (train[-10:], test))
-        if name == "test digits":
-            to_test[np.arange(30), np.arange(30)] = math.inf
+                             for others in (train[-10:], test[:10]))
+        if name == "held-out":
+            to_test[np.arange(10), np.arange(10)] = math.inf
         share = (to_train.min(1) < to_test.min(1)).mean()
         assert printed[4] == f"{share:.1%}"
     assert float(rows[0][3]) == 0 < float(rows[0][4])  # a quarter are copies
@@ -803,15 +806,50 @@ def sums_of_halves(x):
 
 
 def test_nearest_finds_copies_for_the_plot(digits, tmp_path, monkeypatch):
-    """Ten digits side by side in frames, above their training pictures."""
+    """Ten digits side by side in frames, above their nearest training and test pictures."""
     pytest.importorskip("matplotlib")
     shown = []
     monkeypatch.setattr("matplotlib.axes.Axes.imshow", lambda axis, x, **_: shown.append(x))
     code, _, err = run_here("bench/nearest", "drawn.npz", "--picture=plot.png", cwd=tmp_path)
-    assert code == 0 and shown[0].shape == (60, 300), err
-    above, below = (np.split(half, 10, axis=1) for half in np.split(shown[0], 2))
+    nearest, first = shown
+    assert code == 0 and nearest.shape == first.shape == (90, 300), err
+    above, below, held_out = (np.split(row, 10, axis=1) for row in np.split(nearest, 3))
     copies = [(a == b).all() for a, b in zip(above, below)]
     assert copies == 8 * [True] + 2 * [False]
+    train, test, drawn = (x.flatten(1).double() for x in digits)
+    for i, picture in enumerate(np.split(first, 10, axis=1)):
+        rows = torch.tensor(picture).unflatten(0, (3, 30))[:, 1:-1, 1:-1].flatten(1).double()
+        assert torch.equal(rows[0], drawn[i])
+        for row, others in zip(rows[1:], (train, test)):
+            assert torch.equal(row, others[(others - drawn[i]).norm(dim=1).argmin()])
+
+
+def test_nearest_takes_pictures_of_any_data_set(tmp_path):
+    """Colour pictures of a folder: by pixels alone, and a copy has distance 0."""
+    pytest.importorskip("matplotlib")
+    from core.data import load_data
+
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    x = torch.randint(256, (150, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for i, picture in enumerate(x):
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    data = load_data(str(folder), str(tmp_path))
+    train, held_out = data.train[0], data.held_out[0]
+    drawn = torch.cat([train[:3], train[3:6].roll(1, 1)])
+    np.savez(tmp_path / "drawn.npz", drawn.permute(0, 2, 3, 1).numpy())
+    args = ["bench/nearest", "drawn.npz", "--dataset=mine", "--picture=plot.png"]
+    code, out, err = run_here(*args, cwd=tmp_path)
+    assert code == 0, err
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()[3:-1]]
+    assert [row[:2] for row in rows] == [["pixels", name] for name in ("drawn.npz", "held-out", "training")]
+    gaps = (drawn.flatten(1).double()[:, None] - train.flatten(1)).norm(dim=2).amin(1) / 255
+    expected = gaps.quantile(torch.tensor([0.01, 0.1, 0.5, 0.9]).double())
+    assert [float(value) for value in rows[0][2:6]] == pytest.approx(expected.tolist(), abs=0.006)
+    assert float(rows[0][2]) == 0 < float(rows[1][2]) and len(held_out) >= 6
+    code, out, err = run_here(*args, "--image_size=4", cwd=tmp_path)
+    assert code == 2 and err.count("\n") == 1
+    assert "drawn.npz holds pictures of (3, 8, 8), but --dataset=mine of (3, 4, 4)" in err
 
 
 def test_nearest_without_matplotlib_says_so_before_any_work(digits, tmp_path, monkeypatch):
