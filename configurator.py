@@ -191,7 +191,8 @@ def read_config_file(path, folder):
             yield f"{path}:{line}: {name}", name, literal(node.value)
     except NOT_A_LITERAL as e:
         line = getattr(e, "lineno", None) or line
-        fail(f"{path} is not a config file: line {line} must be `key = literal`")
+        fail(f"{path} is not a config file: line {line} must be `key = literal` "
+             "(on the command line, options are written --key=value)")
 
 
 def read_command_line(args, options, folder):

@@ -116,9 +116,9 @@ if __name__ == "__main__":
     else:
         large, _ = load_held_out(config, checkpoint, n_pictures, data_dir=data_dir)
         given = F.avg_pool2d(large.float(), factor).round()
-    if Path(save).suffix not in ("", ".png"):
-        fail(f"--save={save} must end in .png, or be a new folder")
-    claimed = claim(Path(save))                      # the lock, if it is a folder
+    if labels and len(wanted) > len(given):
+        fail(f"--labels={labels}: {len(wanted)} classes for {len(given)} pictures")
+    claimed = claim(Path(save), ".png")              # the lock, if it is a folder
     torch.manual_seed(seed)
     given = given.to(device).float() / 127.5 - 1
     small = given.repeat_interleave(versions, 0)     # each picture's in a row

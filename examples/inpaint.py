@@ -120,9 +120,9 @@ if __name__ == "__main__":
         given = load_picture(picture, shape, background, invert, method.means)
     else:
         given = load_held_out(config, checkpoint, n_pictures, data_dir=data_dir)[0]
-    if Path(save).suffix not in ("", ".png"):
-        fail(f"--save={save} must end in .png, or be a new folder")
-    claimed = claim(Path(save))                      # the lock, if it is a folder
+    if labels and len(wanted) > len(given):
+        fail(f"--labels={labels}: {len(wanted)} classes for {len(given)} pictures")
+    claimed = claim(Path(save), ".png")              # the lock, if it is a folder
     torch.manual_seed(seed)
     given = given.to(device).float() / 127.5 - 1
     known = torch.where(keep, given, 0).repeat_interleave(fills, 0)      # each picture's in a row

@@ -74,9 +74,9 @@ if __name__ == "__main__":
     if steps > method.most_steps:
         fail(f"--steps={steps}: the run has only {method.most_steps}")
     suffix = Path(save).suffix
-    if suffix not in (".png", ".npz") or suffix == ".npz" and len(noise) > 1:
-        fail(f"--save={save} must be a .png, or for one number as --noise an .npz")
-    claim(Path(save))
+    if suffix == ".npz" and len(noise) > 1:
+        fail(f"--save={save}: an .npz is for one number as --noise")
+    claim(Path(save), ".png or .npz", folder=False)
     classes, shape = checkpoint["data"]["classes"], checkpoint["picture_shape"]
     wanted = wanted_classes(labels, classes) or [-1]
     y = torch.tensor(wanted).repeat(math.ceil(n_samples / len(wanted)))[:n_samples]

@@ -64,15 +64,15 @@ if __name__ == "__main__":
     method, config, checkpoint = load_run(out_dir, device=device)
     if checkpoint["limits"] or not (method.straight and method.renewable):
         fail(f"--out_dir={out_dir} cannot edit: made for one step, or with other --path or --sigma")
-    if not save.endswith(".png"):
-        fail(f"--save={save} must end in .png")
     classes, shape = checkpoint["data"]["classes"], checkpoint["picture_shape"]
     wanted = wanted_classes(labels, classes)
     if picture:
         x = load_picture(picture, shape, background, invert, method.means)
     else:
         x, _ = load_held_out(config, checkpoint, n_pictures, data_dir=data_dir)
-    claim(Path(save))
+    if labels and len(wanted) > len(x):
+        fail(f"--labels={labels}: {len(wanted)} classes for {len(x)} pictures")
+    claim(Path(save), ".png", folder=False)
     torch.manual_seed(seed)
     x = x.to(device).float() / 127.5 - 1
     noise = torch.randn_like(x)

@@ -61,7 +61,7 @@ def test_the_same_seed_gives_the_same_pictures_by_every_sampler(trained):
 
 
 @pytest.mark.parametrize("options, message", [
-    ("--save=x.gif", "must be a .png or an .npz"),
+    ("--save=x.gif", "must end in .png or .npz"),
     ("--sampler=best", "is not one of"),
     ("--labels=cow", "no class cow"),
     ("--scale=-1", "scale"),

@@ -258,7 +258,7 @@ bench/nearest | nowhere.npz | nowhere.npz
 bench/nearest | text.npz | text.npz
 bench/nearest | --n=0 text.npz | not between 1
 bench/nearest | --picture=x.jpg x.npz | must end in .png
-bench/nearest | --n=9 | which digits?
+bench/nearest | --n=9 | which pictures?
 bench/speed | ddmp | ddmp
 bench/speed | cfm --batch=3 | unknown option
 bench/speed | torchcfm | as in config/cifar10.py

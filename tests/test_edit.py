@@ -237,6 +237,16 @@ def test_a_picture_of_sixteen_bits_is_read_as_one_of_eight(tmp_path):
     assert torch.equal(*read)
 
 
+def test_of_an_animation_the_first_picture_is_taken_and_that_is_said(tmp_path, capsys):
+    pixels = digit(tmp_path / "one.png")
+    frames = [Image.fromarray(x) for x in (pixels, pixels.T)]
+    frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
+    x = load_picture(tmp_path / "two.gif", (1, 28, 28))
+    assert "to 28 x 28, of the first picture in it\n" in capsys.readouterr().out
+    assert torch.equal(x, load_picture(tmp_path / "one.png", (1, 28, 28)))
+    assert "first picture" not in capsys.readouterr().out
+
+
 def test_a_negative_is_noticed_and_nothing_else_is(tmp_path):
     """Dark ink on white paper for a run of white on black; a photograph is neither."""
     pixels = digit(tmp_path / "white.png")
@@ -279,7 +289,14 @@ def test_misuse_ends_in_one_line(tmp_path):
         ("inpaint", [*given, "--mask=black.png"], "must hide some pixels"),
         ("inpaint", [*given, "--mask=white.png"], "and not all"),
         ("inpaint", [*given, "--labels=cat"], "there is no class cat"),
-        ("inpaint", [*given, "--save=x.npz"], "must end in .png"),
+        ("inpaint", [*given, "--save=x.npz"], "--save=x.npz: must end in .png, or else be a new"),
+        ("enlarge", [*given, "--save=."], "--save=.: must end in .png, or else be a new or empty"),
+        ("vary", [*given, "--save=x"], "--save=x: must end in .png, not a folder\n"),
+        ("inpaint", [*given, "--labels=3,8"], "--labels=3,8: 2 classes for 1 pictures"),
+        ("enlarge", [*given, "--labels=3,8"], "--labels=3,8: 2 classes for 1 pictures"),
+        ("vary", [*given, "--labels=3,8"], "--labels=3,8: 2 classes for 1 pictures"),
+        ("vary", ["a.png"], "a.png is not a config file: line 1 must be `key = literal` (on the "
+                            "command line, options are written --key=value)"),
         ("enlarge", [*given, "--factor=3"], "does not divide"),
         ("vary", [*given, "--strengths=2"], "not between 0 and 1"),
         ("vary", ["--out_dir=nowhere"], "there is no valid checkpoint"),

@@ -92,8 +92,8 @@ def test_misuse_ends_in_one_line(tmp_path):
     cfm, ddpm = (f"--out_dir={ROOT / 'assets' / name}" for name in METHODS)
     for options, message in [
         ([cfm, "--noise=-1"], "(-1.0,) is not between 0"),
-        ([cfm, "--save=x.npz"], "for one number as --noise"),
-        ([cfm, "--noise=1", "--save=x.gif"], "must be a .png"),
+        ([cfm, "--save=x.npz"], "an .npz is for one number as --noise"),
+        ([cfm, "--noise=1", "--save=x.gif"], "must end in .png or .npz"),
         ([ddpm, "--steps=2000"], "the run has only 1000"),
         (["--out_dir=nowhere"], "there is no valid checkpoint"),
     ]:
