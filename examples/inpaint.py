@@ -24,7 +24,7 @@ from configurator import configure, explained, fail, say
 from core.data import load_held_out
 from core.machine import choose_machine
 from core.pictures import load_picture
-from core.save import claim, save_pngs, to_bytes
+from core.save import claim, labels_to_save, save_pictures, save_pngs, to_bytes
 from sample import flow, load_run, predictions, wanted_classes
 
 # -----------------------------------------------------------------------------
@@ -39,8 +39,8 @@ labels = ""               # the classes of the pictures, in turn; "": unknown
 steps = 20                # evaluations of the model for a fill
 background = "black"      # behind a transparent picture
 invert = False            # for dark ink on white paper, if the run's pictures are white on black
-save = "out/inpaint.png"  # a row for each picture: it, what is known, the fills; or a new folder,
-#                           for a PNG of each fill
+save = "out/inpaint.png"  # a row for each picture: it, what is known, the fills; or the fills alone:
+#                           an .npz, or a new folder for PNGs
 data_dir = ""             # where the run's data are, if they have moved
 seed = 0
 device = "auto"
@@ -122,7 +122,7 @@ if __name__ == "__main__":
         given = load_held_out(config, checkpoint, n_pictures, data_dir=data_dir)[0]
     if labels and len(wanted) > len(given):
         fail(f"--labels={labels}: {len(wanted)} classes for {len(given)} pictures")
-    claimed = claim(Path(save), ".png")              # the lock, if it is a folder
+    claimed = claim(Path(save), ".png or .npz")      # the lock, if it is a folder
     torch.manual_seed(seed)
     given = given.to(device).float() / 127.5 - 1
     known = torch.where(keep, given, 0).repeat_interleave(fills, 0)      # each picture's in a row
@@ -138,6 +138,8 @@ if __name__ == "__main__":
     filled = restore(method, project, known, y if classes else None, steps)
     if claimed:
         save_pngs(Path(save), to_bytes(filled), 0)
+    elif save.endswith(".npz"):
+        save_pictures(Path(save), to_bytes(filled), [], labels_to_save(classes, y.cpu()))
     else:
         rows = [given[:, None], known[::fills, None], filled.unflatten(0, (-1, fills))]
         save_image(torch.cat(rows, 1).flatten(0, 1) / 2 + 0.5, save, nrow=2 + fills)

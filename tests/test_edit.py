@@ -176,6 +176,17 @@ def test_inpaint_keeps_known_pixels_and_never_sees_the_others(tmp_path):
     assert np.array_equal(a, b)
 
 
+def test_inpaint_writes_the_fills_and_their_classes_as_an_npz(tmp_path):
+    """The same pictures as in a folder, for bench/faces.py."""
+    digit(tmp_path / "a.png")
+    for save in ("fills", "fills.npz"):
+        here("examples/inpaint", *QUICK, "--picture=a.png", "--fills=3", "--labels=8",
+             f"--save={save}", cwd=tmp_path)
+    arrays = np.load(tmp_path / "fills.npz")
+    assert arrays["arr_0"].shape == (3, 28, 28, 1) and arrays["arr_1"].tolist() == [8, 8, 8]
+    assert np.array_equal(arrays["arr_0"][..., 0], fills_in(tmp_path / "fills"))
+
+
 def test_inpaint_takes_a_mask_of_your_own(tmp_path):
     """White is hidden. With the label given, no class is tried."""
     known, mask = digit(tmp_path / "a.png"), np.zeros((28, 28), np.uint8)
@@ -289,7 +300,7 @@ def test_misuse_ends_in_one_line(tmp_path):
         ("inpaint", [*given, "--mask=black.png"], "must hide some pixels"),
         ("inpaint", [*given, "--mask=white.png"], "and not all"),
         ("inpaint", [*given, "--labels=cat"], "there is no class cat"),
-        ("inpaint", [*given, "--save=x.npz"], "--save=x.npz: must end in .png, or else be a new"),
+        ("inpaint", [*given, "--save=x.gif"], "--save=x.gif: must end in .png or .npz, or"),
         ("enlarge", [*given, "--save=."], "--save=.: must end in .png, or else be a new or empty"),
         ("vary", [*given, "--save=x"], "--save=x: must end in .png, not a folder\n"),
         ("inpaint", [*given, "--labels=3,8"], "--labels=3,8: 2 classes for 1 pictures"),
