@@ -39,8 +39,8 @@ labels = ""               # the classes of the pictures, in turn; "": unknown
 steps = 20                # evaluations of the model for a fill
 background = "black"      # behind a transparent picture
 invert = False            # for dark ink on white paper, if the run's pictures are white on black
-save = "out/inpaint.png"  # a row for each picture: it, what is known, the fills; or the fills alone:
-#                           an .npz, or a new folder for PNGs
+save = "out/inpaint.png"  # a row for each picture: it, what is known, the fills; or, for the fills
+#                           alone, an .npz or a new folder of PNGs
 data_dir = ""             # where the run's data are, if they have moved
 seed = 0
 device = "auto"
