@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from helpers import ROOT, checkpoint, here
 
@@ -61,6 +62,21 @@ def test_the_preset_for_an_hour_runs(script, tmp_path):
     assert "654,180 parameters" in printed and "iteration 2 of 2" in printed
     config = checkpoint(tmp_path / "out" / script)["config"]
     assert config["channels"] == 32 and config["label_dropout"] == 0
+
+
+def test_the_preset_for_colour_pictures_runs_on_a_folder(tmp_path):
+    """On pictures of another size, some of them transparent. Its text has the model's figures."""
+    (tmp_path / "mine").mkdir()
+    x = np.random.default_rng(0).integers(0, 256, (30, 48, 40, 4), dtype=np.uint8)
+    for i, pixels in enumerate(x):
+        Image.fromarray(pixels[..., :3 + i % 2]).save(tmp_path / "mine" / f"{i}.png")
+    args = ["config/pictures.py", "--dataset=mine", "--max_iters=2", "--batch_size=2"]
+    printed = here("cfm", *args, "--log_interval=1", "--sample_steps=1", "--device=cpu", cwd=tmp_path)
+    assert "pictures of (3, 32, 32)" in printed and "iteration 2 of 2" in printed
+    text = (ROOT / "config" / "pictures.py").read_text()
+    parameters, flops = re.search(r"([\d,]+) parameters, ([\d.]+) MFLOP", printed).groups()
+    assert f"{parameters} parameters, {float(flops):.0f} MFLOP a picture" in text
+    assert checkpoint(tmp_path / "out" / "pictures")["config"]["norm_groups"] == 1
 
 
 @pytest.mark.parametrize("script, sampler", [("ddpm", "ddim"), ("cfm", "euler")])
