@@ -2,7 +2,7 @@
 Learned, not memorised? How far drawn pictures are from the nearest training picture.
 
     pip install -r requirements.txt matplotlib
-    python bench/nearest.py out/cfm/digits.npz    # files from sample.py; draws assets/nearest.png
+    python bench/nearest.py out/cfm/digits.npz    # files from sample.py; draws out/nearest.png
     python bench/nearest.py out/cfm/digits.npz out/ddpm/digits.npz --n=1000      # two files, faster
     python bench/nearest.py out/mine/drawn.npz --dataset=path/to/pictures --image_size=32
 
@@ -26,8 +26,8 @@ are nearest to a training picture, on the right its first ten. Of MNIST the ten 
 ones, which vary least. The 10% quantile in pixels lies between the ones and the rest, so it depends
 on their share: 10% in what sample.py draws, 11% in MNIST.
 
-If a set has fewer than n pictures, the others are cut to its size. MNIST takes a minute or two on
-one CPU core, and 3 GB of memory.
+If a set has fewer than n pictures, the others are cut to its size. Mirrored copies count as far.
+MNIST takes a minute or two on one CPU core, and 3 GB of memory: 8 bytes for each value of a picture.
 """
 import math
 import sys
@@ -50,7 +50,7 @@ dataset = "mnist"            # what the model was trained on: this and the next 
 data_dir = "data"
 image_size = 0
 background = "white"
-picture = "assets/nearest.png"
+picture = "out/nearest.png"
 device = "cpu"
 # -----------------------------------------------------------------------------
 LIMITS = {"n": (1, math.inf), "image_size": (0, math.inf)}
@@ -147,7 +147,7 @@ if __name__ == "__main__":
         Path(picture).touch()
     kinds = {"pixels": to_pixels}
     with explained(f"--dataset={dataset}: "):
-        if dataset == "mnist":
+        if dataset == "mnist" and image_size in (0, 28):
             judge, _ = load_judge(device=device)
             kinds["features"] = lambda x: look(judge, x)[0]
             (x_train, _), (x_held_out, _) = load_digits(data_dir, device)
@@ -161,6 +161,9 @@ if __name__ == "__main__":
 
     sets = drawn | {HELD_OUT: x_held_out, TRAINING: x_train}
     unseen = min(len(x_train) // 6, len(x_held_out))
+    if unseen < 2:
+        fail(f"--dataset={dataset} has too few pictures: {len(x_train)} to train on, "
+             f"{len(x_held_out)} held out")
     sizes = {name: len(x) for name, x in sets.items()} | {TRAINING: len(x_train) - unseen}
     shortest = min(sizes, key=sizes.get)
     count = min(n, sizes[shortest])

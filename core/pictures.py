@@ -325,8 +325,9 @@ def load_picture(path, shape, background="black", invert=False, means=None):
         if isinstance(pixels, int):                          # the largest, of more than 8 bits
             pixels = decode(path, 0, background, excess_bits([pixels]))
         grey = ", and from colour to grey" if C == 1 and (pixels != pixels[:1]).any() else ""
-        with Image.open(path) as file:
-            first = ", of the first picture in it" if getattr(file, "n_frames", 1) > 1 else ""
+        first = ""
+        with Image.open(path) as file, contextlib.suppress(Exception):   # those after it may be cut
+            first = ", of the first picture in it" if file.n_frames > 1 else ""
         found = Image.fromarray(pixels.transpose(1, 2, 0).copy())
         middle = ", cropped to its middle" if found.width * H != found.height * W else ""
         say(f"{path}: from {found.width} x {found.height} pixels to {W} x {H}{first}{middle}{grey}")

@@ -138,5 +138,5 @@ if __name__ == "__main__":
     else:
         smooth = F.interpolate(given, scale_factor=factor, mode="bicubic").clamp(-1, 1)
         rows = [x[::versions, None], smooth[:, None], large.unflatten(0, (-1, versions))]
-        save_image(torch.cat(rows, 1).flatten(0, 1) / 2 + 0.5, save, nrow=2 + versions)
+        save_image(torch.cat(rows, 1).flatten(0, 1) / 2 + 0.5, Path(save), nrow=2 + versions)
     say(f"{len(large)} enlarged pictures: {save}")

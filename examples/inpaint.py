@@ -138,9 +138,9 @@ if __name__ == "__main__":
     filled = restore(method, project, known, y if classes else None, steps)
     if claimed:
         save_pngs(Path(save), to_bytes(filled), 0)
-    elif save.endswith(".npz"):
+    elif Path(save).suffix == ".npz":
         save_pictures(Path(save), to_bytes(filled), [], labels_to_save(classes, y.cpu()))
     else:
         rows = [given[:, None], known[::fills, None], filled.unflatten(0, (-1, fills))]
-        save_image(torch.cat(rows, 1).flatten(0, 1) / 2 + 0.5, save, nrow=2 + fills)
+        save_image(torch.cat(rows, 1).flatten(0, 1) / 2 + 0.5, Path(save), nrow=2 + fills)
     say(f"{len(filled)} fills: {save}")

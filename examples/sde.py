@@ -92,5 +92,5 @@ if __name__ == "__main__":
     if suffix == ".npz":
         save_pictures(Path(save), to_bytes(x), [], labels_to_save(classes, y))
     else:
-        save_image(x / 2 + 0.5, save, nrow=n_samples)
+        save_image(x / 2 + 0.5, Path(save), nrow=n_samples)
     say(f"{len(x)} pictures, {steps} steps each: {save}")

@@ -78,5 +78,5 @@ if __name__ == "__main__":
     noise = torch.randn_like(x)
     y = torch.tensor((wanted * len(x))[:len(x)], device=device) if labels else None
     columns = [x] + [vary(method, x, noise, strength, y, steps) for strength in strengths]
-    save_image(torch.stack(columns, 1).flatten(0, 1) / 2 + 0.5, save, nrow=len(columns))
+    save_image(torch.stack(columns, 1).flatten(0, 1) / 2 + 0.5, Path(save), nrow=len(columns))
     say(f"{len(x)} x {len(strengths)} variations: {save}")

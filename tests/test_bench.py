@@ -850,6 +850,10 @@ def test_nearest_takes_pictures_of_any_data_set(tmp_path):
     code, out, err = run_here(*args, "--image_size=4", cwd=tmp_path)
     assert code == 2 and err.count("\n") == 1
     assert "drawn.npz holds pictures of (3, 8, 8), but --dataset=mine of (3, 4, 4)" in err
+    for file in sorted(folder.iterdir())[5:]:
+        file.unlink()
+    code, out, err = run_here(*args, cwd=tmp_path)
+    assert code == 2 and err.count("\n") == 1 and "--dataset=mine has too few pictures: 5 to" in err
 
 
 def test_nearest_without_matplotlib_says_so_before_any_work(digits, tmp_path, monkeypatch):

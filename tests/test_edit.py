@@ -256,6 +256,16 @@ def test_of_an_animation_the_first_picture_is_taken_and_that_is_said(tmp_path, c
     assert "to 28 x 28, of the first picture in it\n" in capsys.readouterr().out
     assert torch.equal(x, load_picture(tmp_path / "one.png", (1, 28, 28)))
     assert "first picture" not in capsys.readouterr().out
+    content = (tmp_path / "two.gif").read_bytes()
+    (tmp_path / "cut.gif").write_bytes(content[:-len(content) // 4])     # in the second one
+    assert torch.equal(x, load_picture(tmp_path / "cut.gif", (1, 28, 28)))
+
+
+def test_a_slash_after_the_files_name_does_no_harm(tmp_path):
+    digit(tmp_path / "a.png")
+    for page, save in [("inpaint", "i.npz"), ("inpaint", "i.png"), ("enlarge", "e.png"), ("vary", "v.png")]:
+        here(f"examples/{page}", *QUICK, "--picture=a.png", f"--save={save}/", cwd=tmp_path)
+        assert (tmp_path / save).is_file()
 
 
 def test_a_negative_is_noticed_and_nothing_else_is(tmp_path):
