@@ -27,7 +27,8 @@ ones, which vary least. The 10% quantile in pixels lies between the ones and the
 on their share: 10% in what sample.py draws, 11% in MNIST.
 
 If a set has fewer than n pictures, the others are cut to its size. Mirrored copies count as far.
-MNIST takes a minute or two on one CPU core, and 3 GB of memory: 8 bytes for each value of a picture.
+MNIST takes a minute or two on one CPU core, and 3 GB of memory: 8 bytes for each value of each
+picture.
 """
 import math
 import sys
@@ -193,9 +194,8 @@ if __name__ == "__main__":
     first, gaps = sets[files[0]], results["pixels"][files[0]]
     partners = x_train[neighbours["pixels", files[0]]]
     best = gaps.topk(min(10, count), largest=False).indices
-    pairs = {}
-    for title, i in (("nearest to a training picture", best), ("the first", range(len(best)))):
-        i = torch.as_tensor(i, device=device)
+    start, pairs = torch.arange(len(best), device=device), {}
+    for title, i in (("nearest to a training picture", best), ("the first", start)):
         others = x_held_out[nearest(to_pixels(first[i]), to_pixels(x_held_out))[1]]
         rows = {"drawn": first[i], "training": partners[i], "held-out": others}
         pairs[f"{title}, and the distances"] = rows, gaps[i].tolist()

@@ -1,6 +1,5 @@
 """What sample.py writes: a grid, an animation, an .npz file, or a folder of PNGs."""
 import math
-import re
 import tempfile
 
 import numpy as np
@@ -14,22 +13,24 @@ from core.pictures import visible
 from core.run import lock
 
 
-def claim(path, endings=".png, .gif or .npz", folder=True):
+def claim(path, endings=(".png", ".gif", ".npz"), or_folder=True):
     """
     Calls fail() if the path cannot be written to, or is a folder that holds other files.
 
-    It must have one of the endings or, if folder is true, none. Returns a folder's lock.
+    It must have one of the endings or, for a folder, none. Returns a folder's lock.
     """
     with explained(f"--save={path}: "):
         taken = path.is_dir() and (path.suffix or {p.name for p in path.iterdir()} - {".lock"})
-        fits = path.suffix in re.split(", | or ", endings) or folder and not path.suffix
-        if not fits or taken:
-            folders = "or else be a new or empty folder without a dot" if folder else "not a folder"
-            fail(f"--save={path}: must end in {endings}, {folders}")
-        place = path.parent if path.suffix else path
-        place.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=place).close()
-        return None if path.suffix else lock(place, "--save")           # held while referenced
+        fits = path.suffix in endings or or_folder and not path.suffix
+        if taken or not fits:
+            ends, rest = " or ".join(endings), "and not be a folder"
+            if or_folder:
+                rest = "or else be a new or empty folder without a dot"
+            fail(f"--save={path}: must end in {ends}, {rest}")
+        folder = path.parent if path.suffix else path
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        return None if path.suffix else lock(folder, "--save")           # held while referenced
 
 
 def to_bytes(x):

@@ -76,7 +76,7 @@ if __name__ == "__main__":
         check_sampler(sampler, method)
     if steps > method.most_steps:
         fail(f"--steps={steps}: the run has only {method.most_steps}")
-    claim(Path(save), ".png or .npz", folder=False)
+    claim(Path(save), [".png", ".npz"], or_folder=False)
     classes, shape = checkpoint["data"]["classes"], checkpoint["picture_shape"]
     wanted = wanted_classes(labels, classes) or [-1]
     y = torch.tensor(wanted).repeat(math.ceil(n_samples / len(wanted)))[:n_samples]

@@ -117,8 +117,8 @@ if __name__ == "__main__":
         large, _ = load_held_out(config, checkpoint, n_pictures, data_dir=data_dir)
         given = F.avg_pool2d(large.float(), factor).round()
     if labels and len(wanted) > len(given):
-        fail(f"--labels={labels}: {len(wanted)} classes for {len(given)} pictures")
-    claimed = claim(Path(save), ".png")              # the lock, if it is a folder
+        fail(f"--labels={labels}: more classes, {len(wanted)}, than pictures, {len(given)}")
+    claimed = claim(Path(save), [".png"])            # the lock, if it is a folder
     torch.manual_seed(seed)
     given = given.to(device).float() / 127.5 - 1
     small = given.repeat_interleave(versions, 0)     # each picture's in a row

@@ -121,8 +121,8 @@ if __name__ == "__main__":
     else:
         given = load_held_out(config, checkpoint, n_pictures, data_dir=data_dir)[0]
     if labels and len(wanted) > len(given):
-        fail(f"--labels={labels}: {len(wanted)} classes for {len(given)} pictures")
-    claimed = claim(Path(save), ".png or .npz")      # the lock, if it is a folder
+        fail(f"--labels={labels}: more classes, {len(wanted)}, than pictures, {len(given)}")
+    claimed = claim(Path(save), [".png", ".npz"])    # the lock, if it is a folder
     torch.manual_seed(seed)
     given = given.to(device).float() / 127.5 - 1
     known = torch.where(keep, given, 0).repeat_interleave(fills, 0)      # each picture's in a row

@@ -104,7 +104,7 @@ if __name__ == "__main__":
     steps = steps or min(method.most_steps, 20)
     batch_size = batch_size or (100 if device == "cpu" else 250)
     save = Path(save or Path(out_dir, f"{task}.png"))
-    claim(save, ".png or .npz", folder=False)
+    claim(save, [".png", ".npz"], or_folder=False)
     if task == "reconstruct":
         held_out, y = load_held_out(config, checkpoint, n_samples, dataset, data_dir)
     else:

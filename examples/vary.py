@@ -71,8 +71,8 @@ if __name__ == "__main__":
     else:
         x, _ = load_held_out(config, checkpoint, n_pictures, data_dir=data_dir)
     if labels and len(wanted) > len(x):
-        fail(f"--labels={labels}: {len(wanted)} classes for {len(x)} pictures")
-    claim(Path(save), ".png", folder=False)
+        fail(f"--labels={labels}: more classes, {len(wanted)}, than pictures, {len(x)}")
+    claim(Path(save), [".png"], or_folder=False)
     torch.manual_seed(seed)
     x = x.to(device).float() / 127.5 - 1
     noise = torch.randn_like(x)

@@ -228,8 +228,8 @@ out/cfm | cannot read the config file
 --sampler=dopri5 --steps=5 | as many as it needs
 --device=gpu | cannot be used here
 --device=cuda:99 | cannot be used here
---save=x.jpg | must end in .png, .gif or .npz
---save=x.npy | must end in .png, .gif or .npz
+--save=x.jpg | must end in .png or .gif or .npz
+--save=x.npy | must end in .png or .gif or .npz
 --save=x.gif --sampler=dopri5 | a .gif has a frame per evaluation
 --save=full.gif | a new or empty folder
 --save=full | a new or empty folder

@@ -193,7 +193,7 @@ WRONG = lines("""
 --save=x.gif | must end in .png or .npz
 --save=x.gif --task=reconstruct | must end in .png or .npz
 --save=pictures | must end in .png or .npz
---save=full.png | must end in .png or .npz, not a folder
+--save=full.png | must end in .png or .npz, and not be a folder
 --device=gpu | cannot be used here
 """)
 
