@@ -109,14 +109,14 @@ if __name__ == "__main__":
     device, *_ = choose_machine(device)
     method, config, checkpoint = load_run(init_from, device=device)
     shape, classes = checkpoint["picture_shape"], checkpoint["data"]["classes"]
-    if checkpoint["method"] != "cfm" or checkpoint["limits"] or not method.renewable:
-        fail(f"--init_from={init_from} must be a run of cfm.py, with --path=icfm and --sigma=0")
-    if not classes or shape[0] != 1:
-        fail(f"--init_from={init_from} must have classes, and pictures of one colour")
+    plain = checkpoint["method"] == "cfm" and method.renewable and not checkpoint["limits"]
+    if not (plain and classes and shape[0] == 1):
+        fail(f"--init_from={init_from} must be a run of cfm.py, with --path=icfm and --sigma=0, "
+             "on pictures of one colour, with classes")
     with explained(f"--dataset={dataset}: "):
         data = load_data(dataset, data_dir)
     if data.train[0].shape[1:] != shape or data.classes != classes:
-        fail(f"--dataset={dataset} is not the run's: its classes or the size of its pictures differ")
+        fail(f"--dataset={dataset} is not the run's: other classes, or another size")
     claim(Path(save), [".png"], or_folder=False)
     pictures, labels = (part.to(device) for part in data.train)
     measured = torch.cat([look(x.float() / 127.5 - 1) for x in pictures.split(1000)])    # (N, 2)
@@ -147,8 +147,8 @@ if __name__ == "__main__":
     field, rows = VelocityField(ema, ConditionalFlowMatcher()), len(classes)
     y = torch.cat([torch.arange(n_samples)[:, None] % rows, torch.rand(n_samples, 2)], 1)
     y, noise = y.to(device), torch.randn(n_samples, *shape).to(device)
-    found = ranks(look(draw(field, noise, y, steps, guidance)), y[:, 0], measured, labels)
-    off = (found - y[:, 1:]).abs().mean(0)
+    found = look(draw(field, noise, y, steps, guidance))
+    off = (ranks(found, y[:, 0], measured, labels) - y[:, 1:]).abs().mean(0)
     say(f"of ranks from 0 to 1, boldness is off by {off[0]:.3f} on average, slant by {off[1]:.3f}; "
         "by chance it would be 0.333")
 
