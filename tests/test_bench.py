@@ -571,6 +571,27 @@ def test_moments_are_kept_and_a_stopped_measurement_goes_on(tmp_path, capsys):
     assert load_moments(path).n == 90
 
 
+def test_packed_moments_give_nearly_the_same_fid(tmp_path):
+    """Half of a covariance in float16, in three files, of features like Inception's."""
+    from fid import PACKED_FILES, Moments, fid, read_packed, write_packed
+
+    torch.manual_seed(0)
+    mix = torch.logspace(0, -2, 300).double()[:, None] * torch.randn(300, 300).double() / 17
+    a, b = Moments(), Moments()
+    a.add((torch.randn(2000, 300).double() @ mix + 0.1).relu())
+    b.add((1.1 * torch.randn(1000, 300).double() @ mix + 0.1).relu())
+    write_packed(tmp_path, a)
+    packed = read_packed(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(PACKED_FILES)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 300 * 301 + 8000
+    assert packed.n == 2000 and torch.allclose(packed.total, a.total, rtol=1e-6)
+    assert fid(a, packed) < 1e-3
+    assert fid(packed, b) == pytest.approx(fid(a, b), rel=1e-3) and fid(a, b) > 0.1
+    (tmp_path / PACKED_FILES[2]).unlink()
+    with pytest.raises(FileNotFoundError):
+        read_packed(tmp_path)
+
+
 def test_fid_without_its_network_says_how_to_get_it(monkeypatch, tmp_path, capsys):
     import fid
 
@@ -618,8 +639,9 @@ def test_fid_prints_the_figure_and_what_it_is_of(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fid, "load_network", lambda device: lambda x: thumbnail(x))
     monkeypatch.setattr(fid, "load_data", lambda name, data_dir: data)
     monkeypatch.setattr(fid, "catch_stop_signals", list)
-    for name in ("reference", "count", "device", "data_dir", "batch_size"):
+    for name in ("reference", "count", "pack", "device", "data_dir", "batch_size"):
         monkeypatch.setattr(fid, name, getattr(fid, name))  # put back afterwards
+    monkeypatch.setattr(fid, "PACKED", Path("packed"))
     fid.main(["drawn.npz", "--device=cpu"])
     fid.main(["--reference=test", "--device=cpu"])
     fid.main(["--reference=train", "--count=30", "--device=cpu"])
@@ -630,6 +652,13 @@ def test_fid_prints_the_figure_and_what_it_is_of(tmp_path, monkeypatch, capsys):
         "the test images, 30 pictures, to 30 train images of CIFAR-10"]
     kept = {path.name for path in (tmp_path / "data" / "fid").iterdir()}
     assert kept == {f"cifar10-{which}.npz" for which in ("train-40", "test-30", "train-30")}
+
+    # packed moments of all training images are used as they are, without the images themselves
+    for argument in ("--count=0", "--pack=packed", "--pack="):
+        fid.main(["drawn.npz", "--device=cpu", argument])
+        assert re.findall("FID .*", capsys.readouterr().out) == [lines[0]]
+        if argument == "--pack=packed":
+            monkeypatch.setattr(fid, "load_data", None)
 
 
 @pytest.mark.slow
