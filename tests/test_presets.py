@@ -93,3 +93,17 @@ def test_the_textbooks_presets_run_with_plain_adam_and_uniform_times(script, sam
     assert config["t_uniform"] == 1 and config["grad_clip"] == 0
     expected = {"ddpm": {"prediction": "eps", "schedule": "linear"}, "cfm": {"path": "icfm"}}
     assert config.items() >= expected[script].items()
+
+
+def test_the_preset_for_cifar10_on_a_cpu_runs(tmp_path):
+    """Two iterations, in bfloat16. Its text has the model's figures."""
+    pictures = np.random.default_rng(0).integers(0, 256, (120, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "few.npz", pictures, np.arange(120) % 10)
+    args = ["config/cifar10_cpu.py", "--dataset=few.npz", "--max_iters=2", "--batch_size=2"]
+    printed = here("cfm", *args, "--log_interval=1", "--sample_steps=1", "--device=cpu", cwd=tmp_path)
+    assert "on cpu, bfloat16" in printed and "iteration 2 of 2" in printed
+    text = (ROOT / "config" / "cifar10_cpu.py").read_text()
+    parameters, flops = re.search(r"([\d,]+) parameters, ([\d.]+) MFLOP", printed).groups()
+    assert f"{parameters} parameters, {float(flops):.0f} MFLOP a picture" in text
+    config = checkpoint(tmp_path / "out" / "cifar10-cpu")["config"]
+    assert config["flip"] and config["conditional"] and config["label_dropout"] == 0.1
