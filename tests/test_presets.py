@@ -101,7 +101,7 @@ def test_the_preset_for_cifar10_on_a_cpu_runs(tmp_path):
     np.savez(tmp_path / "few.npz", pictures, np.arange(120) % 10)
     args = ["config/cifar10_cpu.py", "--dataset=few.npz", "--max_iters=2", "--batch_size=2"]
     printed = here("cfm", *args, "--log_interval=1", "--sample_steps=1", "--device=cpu", cwd=tmp_path)
-    assert "on cpu, bfloat16" in printed and "iteration 2 of 2" in printed
+    assert "cpu, bfloat16" in printed and "iteration 2 of 2" in printed
     text = (ROOT / "config" / "cifar10_cpu.py").read_text()
     parameters, flops = re.search(r"([\d,]+) parameters, ([\d.]+) MFLOP", printed).groups()
     assert f"{parameters} parameters, {float(flops):.0f} MFLOP a picture" in text
