@@ -230,9 +230,10 @@ def main(argv):
     if pack:
         with explained(f"--pack={pack}: "):
             write_packed(pack, real)
+        say(f"moments of {real.n} {reference} images: {pack}")
     for file, x in drawn.items():
         report(file, measure(look, x, f"pictures of {file}", stop=stop))
-    if not drawn:
+    if not (drawn or pack):
         other = "test" if reference == "train" else "train"
         report(f"the {other} images", measure_real(other))
 

@@ -1,5 +1,5 @@
 """
-Numbers as conditions: digits as bold and as slanted as asked for, learned by a run of cfm.py.
+Numbers as conditions: digits as bold and as slanted as asked for, learned from a run of cfm.py.
 
     python examples/conditions.py --init_from=assets/cfm     # a grid, out/conditions.png
 
@@ -77,8 +77,8 @@ def slant(x):
     ink = x.sum(1) / x.sum((1, 2, 3)).clamp(min=1)[:, None, None]    # (B, H, W), of sum 1
     down = rows - (ink.sum(2) @ rows)[:, None]                       # (B, H), from the centre
     right = columns - (ink.sum(1) @ columns)[:, None]                # (B, W)
-    return -(torch.einsum("bhw,bh,bw->b", ink, down, right)
-             / torch.einsum("bhw,bh->b", ink, down.square()).clamp(min=1e-3))
+    both = (ink * down[:, :, None] * right[:, None]).sum((1, 2))
+    return -both / (ink.sum(2) * down.square()).sum(1).clamp(min=1e-3)    # least squares
 
 
 def ranks(values, kinds, among, among_kinds):

@@ -653,6 +653,12 @@ def test_fid_prints_the_figure_and_what_it_is_of(tmp_path, monkeypatch, capsys):
     kept = {path.name for path in (tmp_path / "data" / "fid").iterdir()}
     assert kept == {f"cifar10-{which}.npz" for which in ("train-40", "test-30", "train-30")}
 
+    fid.main(["--pack=alone", "--device=cpu", "--count=0"])  # packs, and measures no other images
+    packing = capsys.readouterr().out
+    assert "moments of 40 train images: alone" in packing and "FID " not in packing
+    fid.main(["--pack=", "--device=cpu", "--reference=train"])
+    assert capsys.readouterr().out.count("FID ") == 1
+
     # packed moments of all training images are used as they are, without the images themselves
     for argument in ("--count=0", "--pack=packed", "--pack="):
         fid.main(["drawn.npz", "--device=cpu", argument])
