@@ -1,8 +1,8 @@
 """
 The noise from which a picture is drawn: from pictures to noise and back, and between two noises.
 
-    python examples/latent.py --out_dir=out/cfm                        # out/cfm/interpolate.png
-    python examples/latent.py --out_dir=out/cfm --task=reconstruct     # out/cfm/reconstruct.png
+    python examples/latent.py                                # with assets/cfm, into out/latent.png
+    python examples/latent.py --out_dir=out/cfm --task=reconstruct
     python examples/latent.py --out_dir=out/ddpm --labels=3,8 --n_samples=40 --save=between.png
 
 Without fresh noise a sampler follows a flow, an ordinary differential equation. So each picture has
@@ -26,12 +26,12 @@ from core.save import claim, labels_to_save, save_pictures, to_bytes
 from sample import SAMPLERS, Evaluations, draw, flow, load_run, times, wanted_classes
 
 # -----------------------------------------------------------------------------
-out_dir = "out/cfm"       # folder of the run, with its ckpt.pt
+out_dir = "assets/cfm"    # folder of the run
 task = "interpolate"      # each row goes from one noise to another; or
 #                           reconstruct: held-out pictures, each beside what comes back from noise
 n_samples = 100           # pictures to draw
-save = ""                 # x.png: a grid; x.npz: arr_0, uint8 (N, H, W, C), what was drawn, and
-#                           arr_1, labels (N,); "": a grid in out_dir
+save = "out/latent.png"   # a grid; or x.npz: arr_0, uint8 (N, H, W, C), what was drawn, and
+#                           arr_1, labels (N,)
 sampler = "rk4"           # one that can run backwards
 steps = 0                 # 0: 20, if the run has as many. dopri5 takes as many as it needs
 labels = ""               # interpolate: the class of each row in turn, 3,1,4 or cat,dog; "": all
@@ -103,7 +103,7 @@ if __name__ == "__main__":
     wanted = wanted_classes(labels, classes)
     steps = steps or min(method.most_steps, 20)
     batch_size = batch_size or (100 if device == "cpu" else 250)
-    save = Path(save or Path(out_dir, f"{task}.png"))
+    save = Path(save)
     claim(save, [".png", ".npz"], or_folder=False)
     if task == "reconstruct":
         held_out, y = load_held_out(config, checkpoint, n_samples, dataset, data_dir)

@@ -1,7 +1,7 @@
 """
 How likely are held-out pictures under a trained model? In bits/dim, for runs of both scripts.
 
-    python examples/likelihood.py --out_dir=out/cfm                # by the flow's own density
+    python examples/likelihood.py                                  # assets/cfm, by its own density
     python examples/likelihood.py --out_dir=out/ddpm --steps=20    # DDPM's bound, 20 of its terms
     python examples/likelihood.py --out_dir=out/cfm --marginal     # of p(x) instead of p(x | y)
 
@@ -28,7 +28,7 @@ from ddpm import expand_like
 from sample import SAMPLERS, Draws, Evaluations, flow, load_run, times
 
 # -----------------------------------------------------------------------------
-out_dir = "out/cfm"       # folder of the run, with its ckpt.pt
+out_dir = "assets/cfm"    # folder of the run
 n_samples = 100           # held-out pictures to measure
 marginal = False          # p(x), the mean of p(x | y) over all classes, which takes longer
 steps = 0                 # ddpm: evaluate this many terms of the bound, at least 2; 0: all

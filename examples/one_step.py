@@ -1,8 +1,7 @@
 """
 One evaluation a picture: a network learns where a trained flow carries each noise.
 
-    python cfm.py                                         # the teacher; or take assets/cfm
-    python examples/one_step.py --init_from=out/cfm       # into out/one-step
+    python examples/one_step.py                           # from assets/cfm, into out/one-step
     python sample.py --out_dir=out/one-step               # in one step
     python examples/one_step.py --init_from=out/cfm --reflow --out_dir=out/reflow
     python sample.py --out_dir=out/reflow --steps=2       # or more
@@ -31,7 +30,7 @@ from core.muon import Muon
 from sample import draw, load_run
 
 # -----------------------------------------------------------------------------
-init_from = "out/cfm"     # the teacher, a run of cfm.py
+init_from = "assets/cfm"  # the teacher, a run of cfm.py
 out_dir = "out/one-step"
 overwrite = False         # replace the run in out_dir
 reflow = False            # learn all times, for two steps or more

@@ -75,7 +75,7 @@ def test_interpolation_is_between_two_noises_and_reconstruction_restores(trained
     assert "rk4, 20 steps" in out and float(out.split("reconstructed to ")[1].split()[0]) < 1
     # there and back; ddpm's step next to the data takes one, and the noise is known from its mean
     assert f" {2 * 20 * 4 - 2 if script == 'cfm' else 2 * (19 * 4 + 1) - 2} evaluations" in out
-    with Image.open(cwd / "out" / script / "reconstruct.png") as grid:
+    with Image.open(cwd / "out" / "latent.png") as grid:
         assert grid.size == (10 * 10 + 2, 6 * 10 + 2)  # 30 held-out pictures, each beside its own
         grid = np.asarray(grid.convert("L"))
     cells = [grid[2:10, 2 + 10 * i:10 + 10 * i].astype(int) for i in range(4)]

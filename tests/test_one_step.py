@@ -18,7 +18,8 @@ SMALL = ["--pool=40", "--fresh=1", "--teacher_steps=2", "--batch_size=8", "--dev
 
 
 def page(*args, cwd):
-    return here("examples/one_step", *SMALL, *args, cwd=cwd)
+    from_teacher = [] if "--init_from" in str(args) else ["--init_from=out/cfm"]
+    return here("examples/one_step", *SMALL, *from_teacher, *args, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def test_a_run_begins_with_the_weights_of_its_teacher_and_learns_from_it(teacher
     assert all(torch.equal(second["ema"][name], weight) for name, weight in first["ema"].items())
     assert second["config"]["label_dropout"] == 0 and second["config"]["sample_steps"] == 1
     assert first["means"] is not None and second["means"] is None and not second["early"]
-    page("--iterations=100", "--pool=200", cwd=teacher)  # both folders are the defaults
+    page("--iterations=100", "--pool=200", cwd=teacher)  # out/one-step is the default
 
     method, _, state = load_run(teacher / "out" / "cfm")
     torch.manual_seed(9)
@@ -132,7 +133,8 @@ def test_what_is_no_teacher_is_refused(teacher):
         (["--out_dir=taken"], "taken holds a run"),
         (["--iteratoins=3"], "did you mean iterations?"),
     ]:
-        args = ["--out_dir=no", *args]
+        from_teacher = [] if "--init_from" in str(args) else ["--init_from=out/cfm"]
+        args = ["--out_dir=no", *from_teacher, *args]
         refused("examples/one_step", *SMALL, *args, cwd=teacher, message=message)
     page("--iterations=1", "--out_dir=taken", "--overwrite", cwd=teacher)
 

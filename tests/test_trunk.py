@@ -34,6 +34,17 @@ def test_no_page_imports_another_one():
         assert not others, f"{page}.py imports {others}"
 
 
+def test_a_page_that_takes_a_run_takes_one_that_comes_with_the_project():
+    """So that it can be tried at once, without training."""
+    takes = [page for page in PAGES
+             if "load_run" in (ROOT / "examples" / f"{page}.py").read_text()]
+    assert len(takes) > 7
+    for page in takes:
+        text = (ROOT / "examples" / f"{page}.py").read_text()
+        folder, = re.findall(r'(?m)^(?:out_dir|init_from) = "(assets/\w+)"', text)
+        assert (ROOT / folder / "ckpt.pt").is_file(), page
+
+
 @pytest.mark.slow
 def test_without_examples_the_trunks_quick_tests_pass(tmp_path):
     for name in ("tests", "core", "config", "assets"):
