@@ -5,6 +5,7 @@ Learned, not memorised? How far drawn pictures are from the nearest training pic
     python bench/nearest.py out/cfm/digits.npz    # files from sample.py; draws out/nearest.png
     python bench/nearest.py out/cfm/digits.npz out/ddpm/digits.npz --n=1000      # two files, faster
     python bench/nearest.py out/mine/drawn.npz --dataset=path/to/pictures --image_size=32
+    python bench/nearest.py out/cifar10/drawn.npz --dataset=cifar10 --flip
 
 For each picture it finds the nearest training picture, by one or two distances:
     pixels       Euclidean, between pixels in [0, 1]
@@ -26,7 +27,8 @@ are nearest to a training picture, on the right its first ten. Of MNIST the ten 
 ones, which vary least. The 10% quantile in pixels lies between the ones and the rest, so it depends
 on their share: 10% in what sample.py draws, 11% in MNIST.
 
-If a set has fewer than n pictures, the others are cut to its size. Mirrored copies count as far.
+If a set has fewer than n pictures, the others are cut to its size. Mirrored copies count as far,
+unless --flip is given: then the distance is that of a picture or its mirror image.
 MNIST takes a minute or two on one CPU core, and 3 GB of memory: 8 bytes for each value of each
 picture.
 """
@@ -51,6 +53,7 @@ dataset = "mnist"            # what the model was trained on: this and the next 
 data_dir = "data"
 image_size = 0
 background = "white"
+flip = False                 # a mirrored copy is a copy: for runs trained with --flip
 picture = "out/nearest.png"
 device = "cpu"
 # -----------------------------------------------------------------------------
@@ -62,6 +65,11 @@ QUANTILES = (0.01, 0.1, 0.5, 0.9)
 def to_pixels(x):
     """Pictures x uint8 (N, C, H, W) as points: float64 (N, C * H * W) in [0, 1]."""
     return x.flatten(1).double() / 255
+
+
+def views_of(x, to_points, flip):
+    """Pictures x (N, C, H, W) as points, and if flip their mirror images: [(N, D), ...]."""
+    return [to_points(view) for view in ([x, x.flip(3)] if flip else [x])]
 
 
 def nearest(points, train, own=None):
@@ -84,9 +92,19 @@ def nearest(points, train, own=None):
     return torch.cat(distances), torch.cat(indices)
 
 
-def nearer_share(points, train, test, own=None):
-    """Share of points (N, D) nearer to one of train than to any of test; own as in nearest()."""
-    return (nearest(points, train)[0] < nearest(points, test, own)[0]).double().mean().item()
+def nearest_view(views, train, own=None):
+    """As nearest(), of whichever of the views [(N, D), ...] of each picture is nearer."""
+    found = [nearest(points, train, own) for points in views]
+    distances = torch.stack([distances for distances, _ in found])
+    indices = torch.stack([indices for _, indices in found])
+    best = distances.min(0)
+    return best.values, indices.gather(0, best.indices[None])[0]
+
+
+def nearer_share(views, train, test, own=None):
+    """Share of pictures nearer to one of train than to any of test, as in nearest_view()."""
+    to_train, to_test = nearest_view(views, train)[0], nearest_view(views, test, own)[0]
+    return (to_train < to_test).double().mean().item()
 
 
 def show(axis, title, rows, gaps):
@@ -182,12 +200,12 @@ if __name__ == "__main__":
     for kind, to_points in kinds.items():
         train, held_out = to_points(x_train), to_points(x_held_out)
         for name, x in sets.items():
-            points = to_points(x)
+            views = views_of(x, to_points, flip)
             own = chosen if name == TRAINING else None
-            results[kind][name], neighbours[kind, name] = nearest(points, train, own)
+            results[kind][name], neighbours[kind, name] = nearest_view(views, train, own)
             quantiles = [results[kind][name].quantile(q).item() for q in QUANTILES]
             own = torch.arange(count, device=device) if name == HELD_OUT else None
-            share = nearer_share(points, train[-unseen:], held_out[:unseen], own)
+            share = nearer_share(views, train[-unseen:], held_out[:unseen], own)
             cells = [kind, name, *(f"{q:.2f}" for q in quantiles), f"{share:.1%}"]
             print("| " + " | ".join(cells) + " |", flush=True)
 
@@ -196,7 +214,8 @@ if __name__ == "__main__":
     best = gaps.topk(min(10, count), largest=False).indices
     start, pairs = torch.arange(len(best), device=device), {}
     for title, i in (("nearest to a training picture", best), ("the first", start)):
-        others = x_held_out[nearest(to_pixels(first[i]), to_pixels(x_held_out))[1]]
+        views = views_of(first[i], to_pixels, flip)
+        others = x_held_out[nearest_view(views, to_pixels(x_held_out))[1]]
         rows = {"drawn": first[i], "training": partners[i], "held-out": others}
         pairs[f"{title}, and the distances"] = rows, gaps[i].tolist()
     plot(results, pairs, picture)

@@ -778,6 +778,26 @@ def test_nearest_by_hand():
     assert torch.equal(indices, all_distances.argmin(1))
 
 
+def test_a_mirrored_copy_is_a_copy_if_asked_for():
+    """But not of itself: a symmetric training picture is compared with all others."""
+    from nearest import nearer_share, nearest_view, to_pixels, views_of
+
+    train, others = torch.randint(256, (2, 20, 3, 4, 5), dtype=torch.uint8)
+    train[0] = (train[0] // 2) + train[0].flip(2) // 2             # its own mirror image
+    x = torch.cat([train[4:6], train[6:9].flip(3)])
+    plain, both = (views_of(x, to_pixels, flip) for flip in (False, True))
+    assert len(plain) == 1 and len(both) == 2 and torch.equal(plain[0], both[0])
+    found = [nearest_view(views, to_pixels(train)) for views in (plain, both)]
+    assert [(distances == 0).tolist() for distances, _ in found] == [[True] * 2 + [False] * 3,
+                                                                     [True] * 5]
+    assert found[1][1].tolist() == [4, 5, 6, 7, 8]
+    own = torch.arange(20)
+    distances, indices = nearest_view(views_of(train, to_pixels, True), to_pixels(train), own)
+    assert distances.min() > 0 and not (indices == own).any()
+    assert nearer_share(both, to_pixels(train), to_pixels(others)) == 1
+    assert nearer_share(both[1:], to_pixels(others), to_pixels(train.flip(3))) == 0
+
+
 class Halves(torch.nn.Module):
     """Stands in for the judge: its features are the sums over a picture's left and right halves."""
 
@@ -882,6 +902,10 @@ def test_nearest_takes_pictures_of_any_data_set(tmp_path):
     expected = gaps.quantile(torch.tensor([0.01, 0.1, 0.5, 0.9]).double())
     assert [float(value) for value in rows[0][2:6]] == pytest.approx(expected.tolist(), abs=0.006)
     assert float(rows[0][2]) == 0 < float(rows[1][2]) and len(held_out) >= 6
+    np.savez(tmp_path / "mirrored.npz", drawn.flip(3).permute(0, 2, 3, 1).numpy())
+    mirrored = run_here(args[0], "mirrored.npz", *args[2:], "--flip", cwd=tmp_path)[1].splitlines()[3]
+    again = run_here(*args, "--flip", cwd=tmp_path)[1].splitlines()[3]
+    assert mirrored.replace("mirrored.npz", "drawn.npz") == again
     code, out, err = run_here(*args, "--image_size=4", cwd=tmp_path)
     assert code == 2 and err.count("\n") == 1
     assert "drawn.npz holds pictures of (3, 8, 8), but --dataset=mine of (3, 4, 4)" in err
