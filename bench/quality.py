@@ -5,8 +5,8 @@ How good are drawn MNIST digits? Two classifiers judge any .npz from sample.py, 
     python bench/quality.py out/cfm/digits.npz        # as many files as you like; two rows for each
 
 The judges come with the project, in assets/judge, so the same file has the same score everywhere.
-Both were trained on the first 50,000 training digits. A makes all choices. B has another
-architecture and seed, and makes none: it shows what was gained with A's taste alone. A row gives
+Both were trained on the first 50,000 training digits. A makes all choices but one. B has
+another architecture and seed: it shows what was gained with A's taste alone. A row gives
     distance     squared Frechet distance between the judge's features of the pictures and those of
                  the 10,000 test digits, or with --against=train of the last 10,000 training digits
     x floor      the same as a multiple of the floor: the mean distance of sets of 10,000 training

@@ -2,7 +2,7 @@
 How many evaluations does a good picture take? Each sampler with 1, 2, 4 ... 64 of them, judged.
 
     pip install -r requirements.txt -r bench/requirements.txt
-    python bench/samplers.py                # of out/cfm and out/ddpm; draws assets/samplers.png
+    python bench/samplers.py                # of out/cfm and out/ddpm; draws out/samplers.png
     python bench/samplers.py --runs=out/cfm --n_samples=500     # of one run, and faster
     python bench/samplers.py --runs=out/cfm,out/cfm-1,out/ddpm,out/ddpm-1,out/reflow    # more seeds
 
@@ -37,7 +37,7 @@ n_samples = 2000
 batch_size = 250
 seed = 0
 against = "test"             # the test digits; or train, the last 10,000 training digits
-picture = "assets/samplers.png"
+picture = "out/samplers.png"
 device = "auto"
 # -----------------------------------------------------------------------------
 LIMITS = {"n_samples": (2, math.inf), "batch_size": (1, math.inf), "seed": (0, 2**63 - 1),

