@@ -17,9 +17,13 @@ from sample import draw, load_run
 SMALL = ["--pool=40", "--fresh=1", "--teacher_steps=2", "--batch_size=8", "--device=cpu"]
 
 
+def small(args):
+    """The arguments of a small run, from the teacher below unless args name another."""
+    return [*SMALL, *([] if "--init_from" in str(args) else ["--init_from=out/cfm"]), *args]
+
+
 def page(*args, cwd):
-    from_teacher = [] if "--init_from" in str(args) else ["--init_from=out/cfm"]
-    return here("examples/one_step", *SMALL, *from_teacher, *args, cwd=cwd)
+    return here("examples/one_step", *small(args), cwd=cwd)
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +137,8 @@ def test_what_is_no_teacher_is_refused(teacher):
         (["--out_dir=taken"], "taken holds a run"),
         (["--iteratoins=3"], "did you mean iterations?"),
     ]:
-        from_teacher = [] if "--init_from" in str(args) else ["--init_from=out/cfm"]
-        args = ["--out_dir=no", *from_teacher, *args]
-        refused("examples/one_step", *SMALL, *args, cwd=teacher, message=message)
+        args = small(["--out_dir=no", *args])
+        refused("examples/one_step", *args, cwd=teacher, message=message)
     page("--iterations=1", "--out_dir=taken", "--overwrite", cwd=teacher)
 
 
